@@ -1,0 +1,105 @@
+"""What varies between decoder families, as data. Imports no jax.
+
+`ModelConfig` is all the decoder knows about a model. A family file turns a Hugging Face config into one; nothing below
+a family ever asks for a model's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+NormKind = Literal["rms", "layer"]
+NormPlacement = Literal["pre", "post", "sandwich"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+RopeScaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding of one kind of layer (RoFormer, arXiv:2104.09864) and its context extension.
+
+    The first `rotary_dim` numbers of a head are rotated, half against half; the rest pass through.
+    """
+
+    theta: float
+    rotary_dim: int
+    scaling: RopeScaling = "default"
+    factor: float = 1.0
+    original_max_position: int | None = None
+    max_position: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    partial_rotary_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One decoder layer.
+
+    window: a query at position i sees keys j with i - window < j <= i; None sees all j <= i.
+    rope: None for a layer without rotary embedding.
+    kv_source: the earlier layer whose keys and values this one reads; it then has no k and v of its own.
+    value_is_key: values are the (unrotated, un-normed) key projection.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    window: int | None = None
+    rope: RopeConfig | None = None
+    kv_source: int | None = None
+    value_is_key: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model. Dimension letters: D hidden_size, V vocab_size; N, K, H, F per layer."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    max_position: int
+    layers: tuple[LayerConfig, ...]
+    attention_scale: float | None = None  # None: head_dim ** -0.5, layer by layer
+    norm: NormKind = "rms"
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0  # y = x / rms(x) * (weight + norm_offset)
+    norm_bias: bool = False
+    norm_placement: NormPlacement = "pre"
+    activation: Activation = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["head", "full"] | None = None
+    value_norm: bool = False  # RMS norm of the values, without a weight
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embedding_scale: float = 1.0
+    tie_embeddings: bool = True
+    learned_positions: bool = False
+    per_layer_input_dim: int = 0
+    per_layer_input_vocab: int = 0
+    layer_scalar: bool = False
+
+    def __post_init__(self) -> None:
+        for index, layer in enumerate(self.layers):
+            if layer.num_heads % layer.num_kv_heads:
+                raise ValueError(
+                    f"layer {index}: num_heads={layer.num_heads} is not a multiple of num_kv_heads={layer.num_kv_heads}"
+                )
+            if layer.kv_source is not None and not 0 <= layer.kv_source < index:
+                raise ValueError(f"layer {index}: kv_source={layer.kv_source} must be an earlier layer")
+
+    def scale_of(self, layer: LayerConfig) -> float:
+        return layer.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
