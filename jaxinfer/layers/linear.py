@@ -1,0 +1,40 @@
+"""Dense projections. Weights keep the checkpoint's [out, in] order: loading never transposes."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+    """y[T, *out] = sum over in of x[T, *in] * weight[*out, *in] (+ bias[*out]).
+
+    out, inputs: {logical axis name: size} of each side, in order, so that a head stays an axis of its own.
+    """
+
+    def __init__(
+        self, inputs: dict[str, int], out: dict[str, int], *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        in_shape, out_shape = tuple(inputs.values()), tuple(out.values())
+        scale = math.prod(in_shape) ** -0.5
+        self.num_inputs = len(in_shape)
+        self.weight = nnx.Param(
+            scale * jax.random.normal(rngs.params(), (*out_shape, *in_shape), dtype), axes=(*out, *inputs)
+        )
+        self.bias = nnx.Param(jnp.zeros(out_shape, dtype), axes=tuple(out)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = project(x, self.weight[...], self.num_inputs)
+        return y if self.bias is None else y + self.bias[...]
+
+
+def project(x: jax.Array, weight: jax.Array, num_inputs: int = 1) -> jax.Array:
+    """x [T, *in] times weight [*out, *in] -> [T, *out], as one matrix product; `num_inputs` counts the in axes."""
+    out_shape = weight.shape[: weight.ndim - num_inputs]
+    flat = x.reshape(x.shape[0], -1)
+    matrix = weight.reshape(-1, flat.shape[1])
+    y = jax.lax.dot_general(flat, matrix, (((1,), (1,)), ((), ())))
+    return y.reshape(x.shape[0], *out_shape)

@@ -1,0 +1,55 @@
+"""Normalisation over the last axes, in float32: RMSNorm (arXiv:1910.07467) and LayerNorm (arXiv:1607.06450)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.models.config import ModelConfig
+
+
+def rms_normalize(x: jax.Array, eps: float, num_axes: int = 1) -> jax.Array:
+    """x / rms(x) over the last `num_axes` axes, returned in float32."""
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(x * x, axis=tuple(range(-num_axes, 0)), keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + eps)
+
+
+class RMSNorm(nnx.Module):
+    """y = x / rms(x) * (weight + offset). `axes` {logical name: size} are those normalised over."""
+
+    def __init__(self, axes: dict[str, int], *, eps: float, offset: float, dtype: jnp.dtype) -> None:
+        self.eps = eps
+        self.offset = offset
+        self.weight = nnx.Param(jnp.full(tuple(axes.values()), 1.0 - offset, dtype), axes=tuple(axes))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.weight[...].astype(jnp.float32) + self.offset
+        return (rms_normalize(x, self.eps, weight.ndim) * weight).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """y = (x - mean) / std * weight (+ bias), over the last axis."""
+
+    def __init__(self, axes: dict[str, int], *, eps: float, bias: bool, dtype: jnp.dtype) -> None:
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(tuple(axes.values()), dtype), axes=tuple(axes))
+        self.bias = nnx.Param(jnp.zeros(tuple(axes.values()), dtype), axes=tuple(axes)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        y = y * self.weight[...].astype(jnp.float32)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+def make_norm(config: ModelConfig, dtype: jnp.dtype) -> RMSNorm | LayerNorm:
+    """The model's own norm over the model width [D]."""
+    axes = {"embed": config.hidden_size}
+    if config.norm == "layer":
+        return LayerNorm(axes, eps=config.norm_eps, bias=config.norm_bias, dtype=dtype)
+    return RMSNorm(axes, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
