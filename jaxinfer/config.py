@@ -19,7 +19,6 @@ from typing import Any, Literal
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MESH_AXES = ("data", "fsdp", "stage", "context", "expert", "tensor")
 PREFIX = "JAXINFER_"
 
 _UNITS = {"": 1, "B": 1}
@@ -41,19 +40,6 @@ def parse_bytes(value: int | str, name: str = "size") -> int:
     if size <= 0:
         raise ValueError(f"{name}={value!r} must be more than 0 bytes; write a size such as 2GiB")
     return size
-
-
-def parse_mesh(mesh: str | None) -> dict[str, int]:
-    """Axis sizes in "tensor=4,data=2", in the order written; None and "" are the empty mesh (one device)."""
-    sizes: dict[str, int] = {}
-    for part in (mesh or "").split(",") if mesh and mesh.strip() else ():
-        axis, equals, size = (piece.strip() for piece in part.partition("="))
-        if not equals or axis not in MESH_AXES or not re.fullmatch(r"[1-9]\d*", size):
-            raise ValueError(f"mesh={mesh!r}: {part.strip()!r} is not axis=size; axes are {', '.join(MESH_AXES)}")
-        if axis in sizes:
-            raise ValueError(f"mesh={mesh!r} names the axis {axis} twice; give each axis once")
-        sizes[axis] = int(size)
-    return sizes
 
 
 def parse_bool(value: str) -> bool:
@@ -133,7 +119,10 @@ class EngineConfig:
             raise ValueError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
         if self.mesh is not None and not isinstance(self.mesh, str):
             raise ValueError(f"mesh={self.mesh!r} must be text such as 'tensor=4,data=2'")
-        parse_mesh(self.mesh)
+        if self.mesh is not None:
+            from jaxinfer.sharding.mesh import parse_mesh  # brings numpy, which --help does without
+
+            parse_mesh(self.mesh)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_pages", "page_size"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1, 2**31 - 1)
@@ -142,7 +131,8 @@ class EngineConfig:
             raise ValueError(f"enable_prefix_caching={self.enable_prefix_caching!r} must be True or False")
         if self.num_pages is not None and self.kv_cache_memory is not None:
             raise ValueError(
-                f"num_pages={self.num_pages} and kv_cache_memory={self.kv_cache_memory!r} both size the KV cache; give one"
+                f"num_pages={self.num_pages} and kv_cache_memory={self.kv_cache_memory!r} both size the KV cache; "
+                "give one"
             )
         if self.kv_cache_memory is not None:
             object.__setattr__(self, "kv_cache_memory", parse_bytes(self.kv_cache_memory, "kv_cache_memory"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfer.config import EngineConfig, cache_directory, parse_bytes, parse_mesh
+from jaxinfer.config import EngineConfig, cache_directory, parse_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -62,17 +62,10 @@ def test_parse_bytes_refuses(value: object) -> None:
         parse_bytes(value)  # type: ignore[arg-type]
 
 
-def test_parse_mesh() -> None:
-    assert parse_mesh("tensor=4,data=2") == {"tensor": 4, "data": 2}
-    assert parse_mesh(" tensor = 4 ") == {"tensor": 4}
-    assert parse_mesh(None) == parse_mesh("") == parse_mesh(" ") == {}
-
-
-@pytest.mark.parametrize(
-    "mesh", ["tensor", "tensor=0", "tensor=-1", "model=2", "tensor=2,tensor=2", "tensor=2,", "tensor=x"]
-)
-def test_parse_mesh_refuses(mesh: str) -> None:
-    with pytest.raises(ValueError, match="axis"):
+@pytest.mark.parametrize("mesh", ["tensor", "tensor=0", "tensor=-1", "model=2", "tensor=2,tensor=2", "tensor=x"])
+def test_mesh_is_checked_before_any_device_is_asked(mesh: str) -> None:
+    assert EngineConfig("m", mesh="tensor=4,data=2").mesh == "tensor=4,data=2"
+    with pytest.raises(ValueError, match="mesh="):
         EngineConfig("m", mesh=mesh)
 
 
