@@ -1,0 +1,257 @@
+"""Loading: every parameter, on every layout and dtype, equals the stored tensor; memory stays near the parameters."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxinfer.checkpoint.load import load_params, splits_into
+from jaxinfer.checkpoint.reader import CheckpointReader
+from jaxinfer.models.families.base import Source
+
+N, K, H, D, F, V = 4, 2, 3, 8, 12, 20
+
+
+def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any], dict[str, Source]]:
+    """A one-layer checkpoint with fused qkv, a transposed tensor and a scalar: tensors, abstract, axes, sources."""
+    import jax
+
+    rng = np.random.default_rng(0)
+    stored = {
+        "model.embed.weight": (V, D),
+        "model.qkv.weight": ((N + 2 * K) * H, D),
+        "model.o.weight": (D, N * H),
+        "model.up.weight": (D, F),
+        "model.down.weight": (D, F),
+        "model.norm.weight": (D,),
+    }
+    tensors = {name: rng.standard_normal(shape).astype(dtype) for name, shape in stored.items()}
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)  # noqa: E731
+    abstract = {
+        "embed": {"weight": shape(V, D)},
+        "attention": {
+            "q": {"weight": shape(N, H, D)},
+            "k": {"weight": shape(K, H, D)},
+            "v": {"weight": shape(K, H, D)},
+            "o": {"weight": shape(D, N, H)},
+        },
+        "mlp": {"up": {"weight": shape(F, D)}, "down": {"weight": shape(D, F)}},
+        "norm": {"weight": shape(D)},
+    }
+    axes = {
+        "embed": {"weight": ("vocab", "embed")},
+        "attention": {
+            "q": {"weight": ("q_heads", "head_dim", "embed")},
+            "k": {"weight": ("kv_heads", "head_dim", "embed")},
+            "v": {"weight": ("kv_heads", "head_dim", "embed")},
+            "o": {"weight": ("embed", "q_heads", "head_dim")},
+        },
+        "mlp": {"up": {"weight": ("ffn", "embed")}, "down": {"weight": ("embed", "ffn")}},
+        "norm": {"weight": ("embed",)},
+    }
+    sources = {
+        "embed/weight": Source("embed.weight"),
+        "attention/q/weight": Source("qkv.weight", rows=(0, N * H)),
+        "attention/k/weight": Source("qkv.weight", rows=(N * H, (N + K) * H)),
+        "attention/v/weight": Source("qkv.weight", rows=((N + K) * H, (N + 2 * K) * H)),
+        "attention/o/weight": Source("o.weight"),
+        "mlp/up/weight": Source("up.weight", transpose=True),
+        "mlp/down/weight": Source("down.weight"),
+        "norm/weight": Source("norm.weight"),
+    }
+    return tensors, abstract, axes, sources
+
+
+def expected(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    q, k, v = np.split(tensors["model.qkv.weight"], [N * H, (N + K) * H])
+    return {
+        "embed/weight": tensors["model.embed.weight"],
+        "attention/q/weight": q.reshape(N, H, D),
+        "attention/k/weight": k.reshape(K, H, D),
+        "attention/v/weight": v.reshape(K, H, D),
+        "attention/o/weight": tensors["model.o.weight"].reshape(D, N, H),
+        "mlp/up/weight": tensors["model.up.weight"].T,
+        "mlp/down/weight": tensors["model.down.weight"],
+        "norm/weight": tensors["model.norm.weight"],
+    }
+
+
+def flat(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in params.items():
+        out |= flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def load(directory: Path, **kwargs: Any) -> dict[str, Any]:
+    _, abstract, axes, sources = tiny()
+    with CheckpointReader(directory) as reader:
+        return flat(load_params(reader, abstract, axes, sources, prefixes=("", "model."), **kwargs))
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("wanted", [None, np.float32, ml_dtypes.bfloat16])
+def test_single_device(tmp_path: Path, stored: Any, wanted: Any) -> None:
+    tensors, *_ = tiny(stored)
+    save_file(tensors, tmp_path / "model.safetensors")
+    params = load(tmp_path, dtype=wanted)
+    assert set(params) == set(expected(tensors))
+    for path, value in expected(tensors).items():
+        want = value.astype(np.float32 if wanted is None else wanted)
+        assert params[path].dtype == want.dtype
+        np.testing.assert_array_equal(np.asarray(params[path]), want, err_msg=path)
+
+
+def test_parameters_can_be_donated(tmp_path: Path) -> None:
+    """Buffers taken over from the host are ordinary arrays: donating one leaves the others as they were."""
+    import jax
+
+    tensors, *_ = tiny()
+    save_file(tensors, tmp_path / "model.safetensors")
+    params = load(tmp_path)
+    doubled = jax.jit(lambda w: w * 2, donate_argnums=0)(params["embed/weight"])
+    np.testing.assert_array_equal(doubled, tensors["model.embed.weight"] * 2)
+    np.testing.assert_array_equal(params["norm/weight"], tensors["model.norm.weight"])
+
+
+SHARDED = """
+import sys
+import jax, ml_dtypes, numpy as np
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_checkpoint_load import expected, flat, load, tiny
+from jaxinfer.sharding.mesh import make_mesh
+tensors = tiny(ml_dtypes.bfloat16)[0]
+for spec in ("tensor=2", "fsdp=4", "tensor=2,fsdp=2", "tensor=4", "data=2,tensor=2,fsdp=2", "data=8", None):
+    mesh = make_mesh(spec)
+    for path, value in expected(tensors).items():
+        got = load(Path({directory!r}), mesh=mesh)[path]
+        np.testing.assert_array_equal(np.asarray(got), value.astype(np.float32), err_msg=f"{{spec}} {{path}}")
+        for shard in got.addressable_shards:
+            np.testing.assert_array_equal(shard.data, value.astype(np.float32)[shard.index])
+    embed = load(Path({directory!r}), mesh=mesh)["embed/weight"]
+    ways = mesh.shape["tensor"] * mesh.shape["fsdp"]
+    assert {{shard.data.size for shard in embed.addressable_shards}} == {{embed.size // ways}}, spec
+print("every layout agrees")
+"""
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_every_layout_on_eight_devices(tmp_path: Path) -> None:
+    """Each device holds exactly its slice, rows and columns alike, whatever the mesh."""
+    tensors, *_ = tiny(ml_dtypes.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    code = SHARDED.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
+    result = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "every layout agrees" in result.stdout
+
+
+MEMORY = """
+import jax, numpy as np
+from jaxinfer.checkpoint.load import load_params
+from jaxinfer.checkpoint.reader import CheckpointReader
+from jaxinfer.models.families.base import Source
+def memory(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+jax.block_until_ready(jax.device_put(np.zeros(8)))
+with CheckpointReader({directory!r}) as reader:
+    abstract = {{name: jax.ShapeDtypeStruct(info.shape, np.float32) for name, info in reader.tensors.items()}}
+    axes = {{name: (None,) * len(info.shape) for name, info in reader.tensors.items()}}
+    before = memory("VmRSS")
+    params = load_params(reader, abstract, axes, {{name: Source(name) for name in abstract}})
+    peak = memory("VmHWM") - before
+    total = sum(array.nbytes for array in params.values())
+print(peak / total)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+def test_peak_memory_stays_near_the_parameters(tmp_path: Path, stored: Any) -> None:
+    """200 MB of float32 parameters: the process grows by little more than that, whatever dtype is stored."""
+    rng = np.random.default_rng(0)
+    block = rng.standard_normal((4096, 1024), np.float32).astype(stored)
+    for shard in range(2):
+        save_file({f"w{shard}{i}": block for i in range(6)}, tmp_path / f"model-{shard}.safetensors")
+    result = run_python(MEMORY.format(directory=str(tmp_path)))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert 0.9 < float(result.stdout) < 1.15
+
+
+def change(name: str, value: np.ndarray | None) -> Callable[[dict[str, np.ndarray]], None]:
+    def apply(tensors: dict[str, np.ndarray]) -> None:
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (change("model.norm.weight", None), r"lacks 1 of 6 tensors: 'norm\.weight'"),
+        (change("model.extra", np.zeros(2, np.float32)), r"1 tensors this model has no place for: 'model\.extra'"),
+        (change("model.down.weight", np.zeros((F, D), np.float32)), r"\[12, 8\], which does not fill mlp/down/weight"),
+        (change("model.norm.weight", np.zeros(D + 1, np.float32)), r"\[9\], which does not fill norm/weight .*\[8\]"),
+        (change("model.qkv.weight", np.zeros((N * H, D), np.float32)), r"\[12, 8\], which does not fill attention/k"),
+        (change("model.qkv.weight", np.zeros((99, D), np.float32)), r"has 99 rows and the model uses 24"),
+        (change("model.norm.weight", np.zeros((), np.float32)), r"\[\], which does not fill norm/weight"),
+    ],
+)
+def test_tensors_that_do_not_fit(tmp_path: Path, edit: Callable[..., None], message: str) -> None:
+    tensors, *_ = tiny()
+    edit(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_ignored_tensors(tmp_path: Path) -> None:
+    tensors, *_ = tiny()
+    extra = {"vision.tower": np.zeros(2, np.float32), "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2)}
+    save_file(tensors | extra, tmp_path / "model.safetensors")
+    assert len(load(tmp_path, ignored=("vision.",))) == 8
+    with pytest.raises(ValueError, match=r"no place for: 'vision\.tower'"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stored", "shape", "fits"),
+    [
+        ((12, 8), (4, 3, 8), True),
+        ((8, 12), (8, 4, 3), True),
+        ((8,), (8,), True),
+        ((), (1,), True),
+        ((1,), (), True),
+        ((5, 1), (5,), True),
+        ((12, 8), (8, 12), False),
+        ((12, 8), (3, 4, 7), False),
+        ((12, 8), (96,), False),
+        ((12,), (4, 3, 1), True),
+        ((6, 2), (4, 3), False),
+    ],
+)
+def test_splits_into(stored: tuple[int, ...], shape: tuple[int, ...], fits: bool) -> None:
+    assert splits_into(stored, shape) is fits
