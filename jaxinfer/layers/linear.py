@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinfer.ops.matmul import matmul
+
 
 class Linear(nnx.Module):
     """y[T, *out] = sum over in of x[T, *in] * weight[*out, *in] (+ bias[*out]).
@@ -36,5 +38,5 @@ def project(x: jax.Array, weight: jax.Array, num_inputs: int = 1) -> jax.Array:
     out_shape = weight.shape[: weight.ndim - num_inputs]
     flat = x.reshape(x.shape[0], -1)
     matrix = weight.reshape(-1, flat.shape[1])
-    y = jax.lax.dot_general(flat, matrix, (((1,), (1,)), ((), ())))
+    y = matmul(flat, matrix)
     return y.reshape(x.shape[0], *out_shape)
