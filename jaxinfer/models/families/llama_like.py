@@ -1,0 +1,144 @@
+"""What most decoder families share: the shape of their configs and the names of their tensors. Imports no jax.
+
+A family file passes what differs. `LLAMA_NAMES` maps a module of the decoder to the tensors' stem; a parameter's tensor
+is the stem and ".weight" or ".bias".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxinfer.models.config import LayerConfig, ModelConfig, RopeConfig
+from jaxinfer.models.families.base import Source
+from jaxinfer.models.families.fields import Fields
+
+# In checkpoints of old releases, and the head of a model that ties it to its embedding.
+LLAMA_IGNORED = ("*.rotary_emb.inv_freq", "lm_head.weight")
+
+LLAMA_NAMES: dict[str, str] = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
+    "layers": "model.layers",
+    "attention/q": "self_attn.q_proj",
+    "attention/k": "self_attn.k_proj",
+    "attention/v": "self_attn.v_proj",
+    "attention/o": "self_attn.o_proj",
+    "attention/q_norm": "self_attn.q_norm",
+    "attention/k_norm": "self_attn.k_norm",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+}
+
+# Norms on both sides of attention and feed-forward, or after them only.
+POST_NORM_NAMES: dict[str, str] = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+
+
+def llama_like_config(
+    fields: Fields,
+    *,
+    windows: Sequence[int | None] | int | None = None,
+    ropes: Sequence[RopeConfig | None] | RopeConfig | None,
+    norm_eps: str = "rms_norm_eps",
+    activation: str = "hidden_act",
+    **differences: Any,
+) -> ModelConfig:
+    """A ModelConfig whose layers have one shape. windows, ropes: one for all layers, or one each.
+
+    norm_eps, activation: the keys these are under. `differences`: any other field of ModelConfig.
+    """
+    num_layers = fields.integer("num_hidden_layers")
+    num_heads = fields.integer("num_attention_heads")
+    windows = windows if isinstance(windows, Sequence) else [windows] * num_layers
+    ropes = ropes if isinstance(ropes, Sequence) else [ropes] * num_layers
+    layers = tuple(
+        LayerConfig(
+            num_heads=num_heads,
+            num_kv_heads=fields.optional_integer("num_key_value_heads") or num_heads,
+            head_dim=fields.head_dim(),
+            ffn_dim=fields.integer("intermediate_size"),
+            window=window,
+            rope=rope,
+        )
+        for window, rope in zip(windows, ropes, strict=True)
+    )
+    return model_config(fields, layers, norm_eps=norm_eps, activation=activation, **differences)
+
+
+def model_config(
+    fields: Fields,
+    layers: tuple[LayerConfig, ...],
+    *,
+    norm_eps: str = "rms_norm_eps",
+    activation: str = "hidden_act",
+    **differences: Any,
+) -> ModelConfig:
+    """A ModelConfig of the given layers, with the fields every family has."""
+    return ModelConfig(
+        family=fields.family,
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=fields.integer("hidden_size"),
+        max_position=fields.integer("max_position_embeddings"),
+        layers=layers,
+        norm_eps=fields.number(norm_eps),
+        activation=fields.activation(activation),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
+        **differences,
+    )
+
+
+def parameters(config: ModelConfig) -> Iterator[tuple[int | None, str, str]]:
+    """(layer or None, module, "weight" or "bias") of every parameter that any family may have but Gemma 4's own."""
+    norm_leaves = ("weight", "bias") if config.norm_bias else ("weight",)
+    yield None, "embed", "weight"
+    if config.learned_positions:
+        yield None, "positions", "weight"
+    if not config.tie_embeddings:
+        yield None, "lm_head", "weight"
+    for leaf in norm_leaves:
+        yield None, "final_norm", leaf
+    norms = {
+        "pre": ("attention_norm", "mlp_norm"),
+        "post": ("attention_post_norm", "mlp_post_norm"),
+        "sandwich": ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"),
+    }[config.norm_placement]
+    for index, layer in enumerate(config.layers):
+        owns_k = layer.kv_source is None
+        linears = [("attention/q", config.qkv_bias), ("attention/o", config.output_bias)]
+        if owns_k:
+            linears.append(("attention/k", config.qkv_bias))
+        if owns_k and not layer.value_is_key:
+            linears.append(("attention/v", config.qkv_bias))
+        if config.gated_mlp:
+            linears.append(("mlp/gate", config.mlp_bias))
+        linears += [("mlp/up", config.mlp_bias), ("mlp/down", config.mlp_bias)]
+        for module, has_bias in linears:
+            yield index, module, "weight"
+            if has_bias:
+                yield index, module, "bias"
+        for module in norms:
+            for leaf in norm_leaves:
+                yield index, module, leaf
+        if config.qk_norm is not None:
+            yield index, "attention/q_norm", "weight"
+            if owns_k:
+                yield index, "attention/k_norm", "weight"
+
+
+def sources(config: ModelConfig, names: Mapping[str, str] = LLAMA_NAMES) -> dict[str, Source]:
+    """Every parameter in a tensor of its own, under `names`."""
+    found = {}
+    for layer, module, leaf in parameters(config):
+        if layer is None:
+            found[f"{module}/{leaf}"] = Source(f"{names[module]}.{leaf}")
+        else:
+            found[f"layers/{layer}/{module}/{leaf}"] = Source(f"{names['layers']}.{layer}.{names[module]}.{leaf}")
+    return found

@@ -1,0 +1,58 @@
+"""Architecture names to families. Imports no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.families import (
+    gemma,
+    gemma4,
+    gpt_bigcode,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen,
+    smollm3,
+    starcoder2,
+)
+from jaxinfer.models.families.base import Family
+
+_FAMILIES = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    gemma.GEMMA3_MULTIMODAL,
+    gemma4.FAMILY,
+    gemma4.MULTIMODAL,
+    phi3.FAMILY,
+    gpt_bigcode.FAMILY,
+    starcoder2.FAMILY,
+    olmo2.FAMILY,
+    smollm3.FAMILY,
+)
+
+ARCHITECTURES: dict[str, Family] = {name: family for family in _FAMILIES for name in family.architectures}
+
+
+def resolve(config_json: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
+    """The family of a parsed `config.json`, and its ModelConfig.
+
+    ValueError for an architecture that is not supported (with those that are), and for an option inside a supported
+    one that is not.
+    """
+    names = config_json.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise ValueError(
+            f"config.json names no architecture (architectures={names!r}); add one of: {', '.join(ARCHITECTURES)}"
+        )
+    for name in names:
+        if name in ARCHITECTURES:
+            family = ARCHITECTURES[name]
+            return family, family.config(config_json)
+    raise ValueError(f"architecture {names[0]!r} is not supported; those that are: {', '.join(ARCHITECTURES)}")
