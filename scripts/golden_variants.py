@@ -1,4 +1,4 @@
-"""The model variants that make_goldens.py turns into golden checkpoints: configurations, and how they are saved.
+"""The model variants that make_goldens.py turns into golden checkpoints, but for Gemma's (golden_gemma.py).
 
 Sizes are small and awkward on purpose: odd head counts, head dims that are not width / heads, windows of 8 tokens,
 rope switch-over lengths between the two prompts' lengths (7 and 40 tokens).
@@ -93,6 +93,8 @@ LLAMA = [
         small("llama", hidden_size=36, num_attention_heads=3, num_key_value_heads=3, rms_norm_eps=1e-5),
         dtype="float16",
         rewrite_config=legacy,
+        rename=str,
+        ignored_tensors={"model.layers.0.self_attn.rotary_emb.inv_freq": (6,)},
     ),
     Variant(
         "llama3_gqa",
@@ -174,9 +176,7 @@ LLAMA = [
     ),
     Variant(
         "llama_bias",
-        small(
-            "llama", num_attention_heads=2, num_key_value_heads=1, head_dim=10, attention_bias=True, mlp_bias=True
-        ),
+        small("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=10, attention_bias=True, mlp_bias=True),
         dtype="float32",
     ),
     Variant("llama_sharded", small("llama", num_hidden_layers=3, tie_word_embeddings=False), shard_size="36KB"),
@@ -226,7 +226,9 @@ QWEN = [
         ablations={"rope scaling": {"rope_parameters": rope("default", 100.0)}},
         rewrite_config=legacy_type_key,
     ),
-    Variant("qwen3", small("qwen3", num_attention_heads=3, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True)),
+    Variant(
+        "qwen3", small("qwen3", num_attention_heads=3, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True)
+    ),
     Variant(
         "qwen3_windows_bias",
         small(
@@ -247,28 +249,113 @@ QWEN = [
     ),
 ]
 
-GEMMA2 = [
+SHORT_FACTOR = [1.0, 1.1, 1.3, 1.6]
+LONG_FACTOR = [1.2, 2.0, 4.0, 8.0]
+PHI4_ROPE = {
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.0, 1.1, 1.2, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+}
+
+
+def longrope(**parameters) -> dict:
+    return rope("longrope", 100.0, short_factor=SHORT_FACTOR, long_factor=LONG_FACTOR) | parameters
+
+
+def phi3_longrope_legacy(config: dict) -> dict:
+    """As published: the original length at the top only, the kind of scaling as `type`."""
+    config = legacy(config)
+    scaling = config["rope_scaling"]
+    config["rope_scaling"] = {key: scaling[key] for key in ("short_factor", "long_factor")} | {"type": "longrope"}
+    return config
+
+
+def phi4_mini_legacy(config: dict) -> dict:
+    """As published: partial_rotary_factor at the top."""
+    config = legacy(config)
+    config["partial_rotary_factor"] = config["rope_scaling"].pop("partial_rotary_factor")
+    return config
+
+
+PHI3 = [
     Variant(
-        "gemma2",
-        small(
-            "gemma2", num_hidden_layers=3, head_dim=16, sliding_window=8, query_pre_attn_scalar=12, pad_token_id=0,
-            attn_logit_softcapping=3.0, final_logit_softcapping=4.0,
-        ),
-        ablations={
-            "windows": {"sliding_window": 100},
-            "attention soft cap": {"attn_logit_softcapping": None},
-            "logits' soft cap": {"final_logit_softcapping": None},
-            "attention scale": {"query_pre_attn_scalar": 16},
-        },
+        "phi3",
+        small("phi3", hidden_size=36, num_attention_heads=3, num_key_value_heads=3, sliding_window=8),
+        ablations={"windows": {"sliding_window": None}},
     ),
     Variant(
-        "gemma2_plain_legacy",
+        "phi3_longrope",
+        small("phi3", max_position_embeddings=96, original_max_position_embeddings=24, rope_parameters=longrope()),
+        ablations={
+            "long factors": {"rope_parameters": longrope(long_factor=SHORT_FACTOR)},
+            "scaled cosines": {"rope_parameters": longrope(attention_factor=1.0)},
+        },
+        rewrite_config=phi3_longrope_legacy,
+    ),
+    Variant(
+        "phi4_mini",
         small(
-            "gemma2", head_dim=6, sliding_window=8, query_pre_attn_scalar=6, attention_bias=True,
-            attn_logit_softcapping=None, final_logit_softcapping=None, tie_word_embeddings=False,
+            "phi3",
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            hidden_size=48,
+            max_position_embeddings=96,
+            original_max_position_embeddings=24,
+            tie_word_embeddings=True,
+            rope_parameters=longrope(**PHI4_ROPE),
         ),
-        rewrite_config=lambda config: legacy(config, hidden_act="silu", cache_implementation="hybrid"),
+        ablations={"long factors": {"rope_parameters": longrope(**PHI4_ROPE | {"long_factor": [1.0] * 6})}},
+        rewrite_config=phi4_mini_legacy,
     ),
 ]
 
-VARIANTS: list[Variant] = [*LLAMA, *MISTRAL, *QWEN, *GEMMA2]
+
+def bigcode(**changes) -> dict:
+    return {
+        "model_type": "gpt_bigcode",
+        "vocab_size": VOCAB,
+        "n_positions": 64,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": None,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | changes
+
+
+OTHERS = [
+    Variant("gpt_bigcode_mqa", bigcode(activation_function="gelu")),
+    Variant("gpt_bigcode_mha", bigcode(multi_query=False, n_embd=30, n_head=3, n_inner=48)),
+    Variant(
+        "starcoder2",
+        small("starcoder2", hidden_size=36, num_attention_heads=6, sliding_window=8, norm_epsilon=1e-5),
+        ablations={"windows": {"sliding_window": None}},
+    ),
+    Variant("starcoder2_plain", small("starcoder2", use_bias=False, tie_word_embeddings=False), rewrite_config=legacy),
+    Variant("olmo2", small("olmo2", num_key_value_heads=4, num_hidden_layers=3), rewrite_config=legacy),
+    Variant("olmo2_gqa_bias", small("olmo2", hidden_size=36, num_attention_heads=6, attention_bias=True)),
+    Variant(
+        "smollm3",
+        small(
+            "smollm3",
+            num_hidden_layers=3,
+            no_rope_layers=[1, 0, 1],
+            use_sliding_window=True,
+            sliding_window=8,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+        ),
+        ablations={"windows": {"use_sliding_window": False}, "layer without rope": {"no_rope_layers": [1, 1, 1]}},
+        no_gradient=("layers.1.self_attn.k_proj.bias",),
+    ),
+    Variant(
+        "smollm3_minimal",
+        small("smollm3", hidden_size=24, intermediate_size=32, num_hidden_layers=4, num_key_value_heads=4),
+        ablations={"layer without rope": {"no_rope_layers": [1, 1, 1, 1]}},
+        rewrite_config=only(*SIZES, "pad_token_id"),
+    ),
+]
+
+VARIANTS: list[Variant] = [*LLAMA, *MISTRAL, *QWEN, *PHI3, *OTHERS]

@@ -6,7 +6,8 @@ Needs torch and transformers, which nothing else in this project does. The commi
 torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0 and numpy 2.4.6 on Python 3.11, and come out byte for byte
 the same with these versions.
 
-For each variant of `golden_variants.py` this writes a directory NAME with config.json, safetensors and golden.npz:
+For each variant of golden_variants.py and golden_gemma.py this writes a directory NAME with config.json, safetensors
+and golden.npz:
 
     prompt_i   int32   [T]      token ids; i = 0 is short, i = 1 exceeds every window and rope switch-over length
     logits_i   float32 [T, V]   of every position, computed in float32 with eager attention
@@ -31,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from golden_gemma import GEMMA
 from golden_variants import VARIANTS, Variant
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -210,7 +212,8 @@ def make(variant: Variant, out: Path) -> None:
 
 
 def main() -> None:
-    names = [variant.name for variant in VARIANTS]
+    variants = [*VARIANTS, *GEMMA]
+    names = [variant.name for variant in variants]
     parser = argparse.ArgumentParser(description="Make the golden checkpoints with torch and transformers.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write them into")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="make these only")
@@ -222,7 +225,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
-    for variant in VARIANTS:
+    for variant in variants:
         if arguments.only is None or variant.name in arguments.only:
             make(variant, arguments.out)
 
