@@ -1,0 +1,205 @@
+"""What is written for a line: our own record for a plain one, OpenAI's batch output format for theirs.
+
+Each record carries its line's number and digest, so that a job can be resumed from its results alone: plain ones as
+`line` and `digest`, OpenAI's in `id`, as batch_req_<line>_<digest>.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxinfer.batchjob.requests import Failure, Work
+from jaxinfer.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+
+Decode = Callable[[int], str]
+
+_RECORD_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]+)")
+_LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for a token that could not have been chosen
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """One line of JSON with its newline, in readable UTF-8 unless a string has half a surrogate pair."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(record, allow_nan=False).encode("ascii")
+    return text + b"\n"
+
+
+def identity(record: Any) -> tuple[int, str, bool] | None:
+    """(line number, digest, whether the line failed) of a record this module made; None for anything else."""
+    if not isinstance(record, dict):
+        return None
+    if "custom_id" in record:
+        match = _RECORD_ID.fullmatch(str(record.get("id")))
+        response = record.get("response")
+        if match is None or not isinstance(response, dict):
+            return None
+        return int(match[1]), match[2], response.get("status_code") != 200
+    number, digest = record.get("line"), record.get("digest")
+    if isinstance(number, int) and isinstance(digest, str):
+        return number, digest, "error" in record
+    return None
+
+
+def failure_record(failure: Failure) -> dict[str, Any]:
+    message = f"line {failure.line.number}: {failure.message}"
+    kind = "invalid_request_error" if failure.status_code < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": None}
+    if failure.is_openai:
+        return _batch_response(failure, failure.status_code, {"error": error})
+    return {**_plain_head(failure), "error": {"message": message, "type": kind}}
+
+
+def result_record(
+    work: Work, outputs: Sequence[RequestOutput], *, model: str, created: int, decode: Decode
+) -> dict[str, Any]:
+    """The finished line. `outputs`: one for each prompt of the line. `created`: Unix time in seconds."""
+    if work.kind == "plain":
+        return _plain(work, outputs[0], decode)
+    completions = [completion for output in outputs for completion in output.outputs]
+    if work.kind == "chat":
+        num_top = work.sampling_params.logprobs or 0
+        choices = [_chat_choice(index, part, num_top, decode) for index, part in enumerate(completions)]
+    else:
+        choices = [_completion_choice(index, part, decode) for index, part in enumerate(completions)]
+    body = {
+        "id": f"{'chatcmpl' if work.kind == 'chat' else 'cmpl'}-{work.line.number}-{work.line.digest}",
+        "object": "chat.completion" if work.kind == "chat" else "text_completion",
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "usage": _usage(outputs),
+    }
+    return _batch_response(work, 200, body)
+
+
+def _plain_head(item: Work | Failure) -> dict[str, Any]:
+    head = {"line": item.line.number, "digest": item.line.digest}
+    return {**head, "id": item.user_id} if item.has_id else head
+
+
+def _plain(work: Work, output: RequestOutput, decode: Decode) -> dict[str, Any]:
+    prompt = work.prompts[0]
+    record = {
+        **_plain_head(work),
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "outputs": [_plain_output(completion, decode) for completion in output.outputs],
+        "usage": _usage([output]),
+        "metrics": _plain_metrics(output.metrics),
+    }
+    if output.prompt_logprobs is not None:
+        record["prompt_logprobs"] = [None if at is None else _entries(at, decode) for at in output.prompt_logprobs]
+    return record
+
+
+def _plain_output(completion: CompletionOutput, decode: Decode) -> dict[str, Any]:
+    result = {
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+    if completion.logprobs is not None:
+        result["logprobs"] = [_entries(at, decode) for at in completion.logprobs]
+    return result
+
+
+def _plain_metrics(metrics: RequestMetrics) -> dict[str, Any]:
+    latencies = metrics.inter_token_latencies
+    return {
+        "queue_time": metrics.queue_time,
+        "time_to_first_token": metrics.time_to_first_token,
+        "mean_inter_token_latency": sum(latencies) / len(latencies) if latencies else None,
+        "end_to_end_time": metrics.end_to_end_time,
+        "num_preemptions": metrics.num_preemptions,
+    }
+
+
+def _entries(at: Mapping[int, Logprob], decode: Decode) -> list[dict[str, Any]]:
+    return [
+        {"token_id": token_id, "token": _text(token_id, entry, decode), "logprob": _finite(entry), "rank": entry.rank}
+        for token_id, entry in at.items()
+    ]
+
+
+def _batch_response(item: Work | Failure, status_code: int, body: dict[str, Any]) -> dict[str, Any]:
+    name = f"{item.line.number}_{item.line.digest}"
+    return {
+        "id": f"batch_req_{name}",
+        "custom_id": item.user_id,
+        "response": {"status_code": status_code, "request_id": f"req_{name}", "body": body},
+        "error": None,
+    }
+
+
+def _completion_choice(index: int, completion: CompletionOutput, decode: Decode) -> dict[str, Any]:
+    logprobs = None
+    if completion.logprobs is not None:
+        chosen = list(zip(completion.token_ids, completion.logprobs, strict=True))
+        tokens = [_text(token_id, at[token_id], decode) for token_id, at in chosen]
+        starts = [0]
+        for token in tokens:
+            starts.append(starts[-1] + len(token))
+        logprobs = {
+            "tokens": tokens,
+            "token_logprobs": [_finite(at[token_id]) for token_id, at in chosen],
+            "top_logprobs": [{_text(i, entry, decode): _finite(entry) for i, entry in at.items()} for _, at in chosen],
+            "text_offset": starts[:-1],
+        }
+    return {
+        "index": index,
+        "text": completion.text,
+        "logprobs": logprobs,
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _chat_choice(index: int, completion: CompletionOutput, num_top: int, decode: Decode) -> dict[str, Any]:
+    logprobs = None
+    if completion.logprobs is not None:
+        content = []
+        for token_id, at in zip(completion.token_ids, completion.logprobs, strict=True):
+            # The chosen token's entry is always there; among the top ones it is only if it is one of them.
+            best = sorted((item for item in at.items() if (item[1].rank or 0) <= num_top), key=_rank)
+            top = [_chat_logprob(i, entry, decode) for i, entry in best]
+            content.append({**_chat_logprob(token_id, at[token_id], decode), "top_logprobs": top})
+        logprobs = {"content": content, "refusal": None}
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": completion.text, "refusal": None},
+        "logprobs": logprobs,
+        "finish_reason": completion.finish_reason,
+    }
+
+
+def _chat_logprob(token_id: int, entry: Logprob, decode: Decode) -> dict[str, Any]:
+    token = _text(token_id, entry, decode)
+    return {"token": token, "logprob": _finite(entry), "bytes": list(token.encode("utf-8"))}
+
+
+def _rank(item: tuple[int, Logprob]) -> int:
+    return item[1].rank or 0
+
+
+def _usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    completion = sum(len(part.token_ids) for output in outputs for part in output.outputs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(output.metrics.num_cached_tokens for output in outputs)},
+    }
+
+
+def _text(token_id: int, entry: Logprob, decode: Decode) -> str:
+    return decode(token_id) if entry.decoded_token is None else entry.decoded_token
+
+
+def _finite(entry: Logprob) -> float:
+    return entry.logprob if math.isfinite(entry.logprob) else _LOWEST_LOGPROB

@@ -1,0 +1,94 @@
+"""Command-line flags for EngineConfig and for default sampling, shared by the commands. Imports no jax.
+
+A flag that is not given leaves no trace in the namespace, so that the environment and the defaults keep their say.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from jaxinfer.config import DTYPES, EngineConfig, default_model, parse_cache_dir
+
+_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "n", "stop", "ignore_eos", "logprobs")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, `error: ...`, with exit status 2."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag a field of EngineConfig."""
+    group = parser.add_argument_group("model and engine", "Each but --model can also be set as JAXINFER_<NAME>.")
+
+    def add(flag: str, metavar: str | None, text: str, **options: Any) -> None:
+        if metavar is not None:
+            options["metavar"] = metavar
+        group.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
+
+    add("--model", "DIR", "checkpoint directory or hub id (default: the model that comes with jaxinfer)")
+    add("--dtype", None, "of weights and activations (default: the checkpoint's; float32 on CPU)", choices=DTYPES)
+    add("--mesh", "AXES", "devices by axis, such as tensor=4 or tensor=4,data=2 (default: one device)")
+    add("--max-model-len", "N", "longest prompt and output together, in tokens (default: the model's limit)", type=int)
+    add("--max-num-seqs", "N", "sequences in one step (default: 32 on CPU, 256 elsewhere)", type=int)
+    add("--max-num-batched-tokens", "N", "tokens in one step (default: 512 on CPU, 2048 elsewhere)", type=int)
+    add("--num-pages", "N", "pages in the KV cache (default: from the free memory)", type=int)
+    add("--kv-cache-memory", "SIZE", "memory for the KV cache, such as 2GiB; instead of --num-pages")
+    add("--page-size", "N", "tokens in a page of the KV cache", type=int)
+    add(
+        "--enable-prefix-caching",
+        None,
+        "share the KV cache of equal prompt beginnings (default: on)",
+        action=argparse.BooleanOptionalAction,
+    )
+    add("--seed", "N", "from which every line without a seed gets its own (default: 0)", type=int)
+    add("--attention-backend", "NAME", "attention kernel (default: the best that serves the model)")
+    add(
+        "--compilation-cache-dir",
+        "DIR",
+        "where compiled programs are kept, or 'off' (default: in the user's cache directory)",
+        type=parse_cache_dir,
+    )
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The flags given, checked. ValueError for what no engine could do."""
+    given = {name: value for name, value in vars(args).items() if name in EngineConfig.__dataclass_fields__}
+    return EngineConfig(**{"model": str(default_model()), **given})
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Sampling of requests that do not say themselves."""
+    group = parser.add_argument_group("sampling", "For what a line of the input does not set itself.")
+
+    def add(flag: str, metavar: str | None, text: str, **options: Any) -> None:
+        if metavar is not None:
+            options["metavar"] = metavar
+        group.add_argument(flag, help=text, default=argparse.SUPPRESS, **options)
+
+    add(
+        "--max-tokens",
+        "N",
+        "tokens to generate (default: 16; to the context's end for chat; 256 for --prompt)",
+        type=int,
+    )
+    add("--temperature", "T", "0 is greedy (default: 1)", type=float)
+    add("--top-k", "K", "sample from the K most probable tokens (default: 0, off)", type=int)
+    add("--top-p", "P", "sample from the most probable tokens that make up P (default: 1, off)", type=float)
+    add("--min-p", "P", "drop tokens less than P times as probable as the best (default: 0, off)", type=float)
+    add("--n", "N", "completions of each prompt (default: 1)", type=int)
+    add("--stop", "TEXT", "end before this text; may be given more than once", action="append")
+    add("--ignore-eos", None, "go on after the end-of-sequence token", action="store_true")
+    add("--logprobs", "N", "log-probabilities of the chosen and the N most probable tokens", type=int)
+
+
+def sampling_defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling flags given, as SamplingParams fields. ValueError for a value out of range."""
+    from jaxinfer.types import SamplingParams
+
+    given = {name: value for name, value in vars(args).items() if name in _SAMPLING}
+    SamplingParams(**given)
+    return given
