@@ -20,13 +20,12 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from jaxinfer.checkpoint.reader import CheckpointReader, TensorInfo
-from jaxinfer.models.families.base import Source
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.families.base import Family, Source
 from jaxinfer.sharding.rules import param_shardings
 
 log = logging.getLogger(__name__)
 
-# Buffers that transformers once saved beside the weights; they hold nothing a model has to be told.
-_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _ALIGNMENT = 64  # XLA's CPU client takes over a host array without a copy from this alignment on
 _NAMES_SHOWN = 3
 
@@ -35,34 +34,32 @@ def load_params(
     reader: CheckpointReader,
     abstract: Mapping[str, Any],
     axes: Mapping[str, Any],
-    sources: Mapping[str, Source],
+    family: Family,
+    config: ModelConfig,
     mesh: Mesh | None = None,
     dtype: Any = None,
-    ignored: Sequence[str] = (),
-    prefixes: Sequence[str] = ("",),
 ) -> dict[str, Any]:
     """The nested dict of jax.Arrays that `abstract` describes, read from `reader`.
 
-    abstract: nested dict of ShapeDtypeStruct. axes: the same nesting, logical axes per parameter. sources: parameter
-    path to Source. mesh: None puts everything on the default device. dtype: of the floating-point parameters; None
-    keeps each one's abstract dtype. ignored: prefixes of tensors that may be there and are not used. prefixes: what a
-    checkpoint may write before a source's name; for each name the first that is there counts.
+    abstract: nested dict of ShapeDtypeStruct. axes: the same nesting, logical axes per parameter. family: says which
+    tensor fills which parameter of `config`. mesh: None puts everything on the default device. dtype: of the
+    floating-point parameters; None keeps each one's abstract dtype.
 
     ValueError, naming the tensors, for missing, unexpected or wrongly shaped ones.
     """
     started = time.perf_counter()
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    sources = family.find_sources(config, reader.tensors)
     assert set(paths) == set(sources), sorted(set(paths) ^ set(sources))
     if mesh is None:
         shardings: list[Sharding] = [SingleDeviceSharding(jax.device_put(0).device)] * len(leaves)
     else:
         shardings = treedef.flatten_up_to(param_shardings(abstract, axes, mesh))
-    names = _resolve_names(reader, sources, ignored, prefixes)
     shapes = {path: tuple(leaf.shape) for path, (_, leaf) in zip(paths, leaves, strict=True)}
-    _check_shapes(reader, sources, names, shapes)
+    check_tensors(reader, sources, shapes, family)
 
-    infos = [reader.tensors[names[sources[path].name]] for path in paths]
+    infos = [reader.tensors[sources[path].name] for path in paths]
     in_file_order = sorted(range(len(paths)), key=lambda i: (infos[i].file, infos[i].offset))
     arrays: dict[int, jax.Array] = {}
     previous: jax.Array | None = None
@@ -104,35 +101,38 @@ def _load_one(
         reader.read_flat(info.name, first + start, out.reshape(-1), pool)
         return out
 
-    whole: np.ndarray | None = None  # of a tensor that no range of bytes can serve: transposed, or cut inside its rows
-    if source.transpose:
-        rows = info.shape[0] if source.rows is None else source.rows[1] - source.rows[0]
-        stored = read(0, (rows, *info.shape[1:]))
-        whole = aligned_empty(shape, dtype)
-        np.copyto(whole.reshape(stored.shape[::-1]), stored.T)
+    # What no single range of bytes can serve is read whole and cut here: transposed tensors, those fused head by head.
+    whole: np.ndarray | None = None
+    if source.transpose or source.head_rows is not None:
+        stored = read(0, (_num_rows(info, source), *info.shape[1:]))
+        if source.head_rows is not None:
+            stored = stored.reshape(shape[0], -1, *info.shape[1:])[:, slice(*source.head_rows)]
+            stored = stored.reshape(-1, *info.shape[1:])
+        whole = _own((stored.T if source.transpose else stored).reshape(shape))
         del stored
 
     slices: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-    rows_read: dict[tuple[int, int], np.ndarray] = {}
+    block: tuple[tuple[int, int], np.ndarray] | None = None
     shards: list[jax.Array] = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         if bounds not in slices:
-            leading = bounds[0] if bounds else (0, 1)
+            rows = bounds[0] if bounds else (0, 1)
             if whole is not None:
                 value = whole[index]
-            elif bounds[1:] == tuple((0, size) for size in shape[1:]):
-                stride = math.prod(shape[1:])
-                value = read(leading[0] * stride, tuple(stop - start for start, stop in bounds))
             else:
-                if leading not in rows_read:
-                    rows_read.clear()  # devices come row by row; one block of rows at a time is enough
-                    stride = math.prod(shape[1:])
-                    rows_read[leading] = read(leading[0] * stride, (leading[1] - leading[0], *shape[1:]))
-                value = rows_read[leading][(slice(None), *index[1:])]
+                # Devices come row by row, so one block of whole rows serves all that cut it into columns.
+                if block is None or block[0] != rows:
+                    start = rows[0] * math.prod(shape[1:])
+                    block = rows, read(start, (rows[1] - rows[0], *shape[1:]) if shape else ())
+                value = block[1][(slice(None), *index[1:])] if shape else block[1]
             slices[bounds] = _own(value)
         shards.append(jax.device_put(slices[bounds], device))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _num_rows(info: TensorInfo, source: Source) -> int:
+    return info.shape[0] if source.rows is None else source.rows[1] - source.rows[0]
 
 
 def _own(value: np.ndarray) -> np.ndarray:
@@ -152,63 +152,56 @@ def aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[offset : offset + nbytes].view(dtype).reshape(shape)
 
 
-def _resolve_names(
-    reader: CheckpointReader, sources: Mapping[str, Source], ignored: Sequence[str], prefixes: Sequence[str]
-) -> dict[str, str]:
-    """Each source's tensor name as this checkpoint writes it. ValueError for missing and unexpected tensors."""
-    names: dict[str, str] = {}
-    missing: list[str] = []
-    for name in dict.fromkeys(source.name for source in sources.values()):
-        found = next((prefix + name for prefix in prefixes if prefix + name in reader.tensors), None)
-        if found is None:
-            missing.append(name)
-        else:
-            names[name] = found
+def check_tensors(
+    reader: CheckpointReader, sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]], family: Family
+) -> None:
+    """ValueError, naming tensors, where a checkpoint lacks some, holds others, or holds them in another shape."""
+    used = dict.fromkeys(source.name for source in sources.values())
+    missing = [name for name in used if name not in reader.tensors]
     if missing:
         raise ValueError(
-            f"{reader.directory} lacks {len(missing)} of {len(missing) + len(names)} tensors: {_some(missing)}; "
+            f"{reader.directory} lacks {len(missing)} of the {len(used)} tensors of this model: {name_some(missing)}; "
             f"copy the whole checkpoint, or check that config.json belongs to it"
         )
-    used = set(names.values())
-    unexpected = [
-        name
-        for name in reader.tensors
-        if name not in used and not name.startswith(tuple(ignored)) and not name.endswith(_BUFFERS)
-    ]
+    unexpected = [name for name in reader.tensors if name not in used and not family.ignores(name)]
     if unexpected:
         raise ValueError(
-            f"{reader.directory} holds {len(unexpected)} tensors this model has no place for: {_some(unexpected)}; "
+            f"{reader.directory} holds {len(unexpected)} tensors this model has no place for: {name_some(unexpected)}; "
             f"check that config.json belongs to it"
         )
-    return names
-
-
-def _check_shapes(
-    reader: CheckpointReader,
-    sources: Mapping[str, Source],
-    names: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-    """ValueError for the first tensor whose shape does not fill its parameters, and for fused rows left over."""
-    fused_rows: dict[str, int] = {}
+    rows_used: dict[str, int] = {}
     for path, source in sources.items():
-        info = reader.tensors[names[source.name]]
-        stored = info.shape
-        if source.rows is not None:
-            fused_rows[info.name] = max(fused_rows.get(info.name, 0), source.rows[1])
-            stored = (min(source.rows[1], stored[0] if stored else 0) - source.rows[0], *stored[1:])
-        if not splits_into(stored[::-1] if source.transpose else stored, shapes[path]):
-            rows = "" if source.rows is None else f" (rows {source.rows[0]} to {source.rows[1]})"
+        info, shape = reader.tensors[source.name], shapes[path]
+        picked = _picked_shape(info, source, shape[0] if shape else 1)
+        if picked is None or not splits_into(picked, shape):
             raise ValueError(
-                f"tensor {info.name!r}{rows} has shape {list(info.shape)}, which does not fill {path} of shape "
-                f"{list(shapes[path])}; check that config.json belongs to this checkpoint"
+                f"tensor {info.name!r} has shape {list(info.shape)}, which does not fill {path} of shape "
+                f"{list(shape)}; check that config.json belongs to this checkpoint"
             )
-    for name, rows in fused_rows.items():
+        if source.rows is not None:
+            rows_used[source.name] = max(rows_used.get(source.name, 0), source.rows[1])
+        if source.head_rows is not None:
+            rows_used[source.name] = max(rows_used.get(source.name, 0), source.head_rows[1] * shape[0])
+    for name, rows in rows_used.items():
         if rows != reader.tensors[name].shape[0]:
             raise ValueError(
                 f"tensor {name!r} has {reader.tensors[name].shape[0]} rows and the model uses {rows}; "
                 f"check that config.json belongs to this checkpoint"
             )
+
+
+def _picked_shape(info: TensorInfo, source: Source, num_heads: int) -> tuple[int, ...] | None:
+    """The shape of the part of a tensor that a Source names, before it is split; None where there is no such part."""
+    shape = info.shape
+    if source.rows is not None:
+        if not shape or source.rows[1] > shape[0]:
+            return None
+        shape = (source.rows[1] - source.rows[0], *shape[1:])
+    if source.head_rows is not None:
+        if not shape or shape[0] % num_heads or source.head_rows[1] > shape[0] // num_heads:
+            return None
+        shape = (num_heads * (source.head_rows[1] - source.head_rows[0]), *shape[1:])
+    return shape[::-1] if source.transpose else shape
 
 
 def splits_into(stored: Sequence[int], shape: Sequence[int]) -> bool:
@@ -223,6 +216,7 @@ def splits_into(stored: Sequence[int], shape: Sequence[int]) -> bool:
     return not rest
 
 
-def _some(names: Sequence[str]) -> str:
+def name_some(names: Sequence[str]) -> str:
+    """The first few of `names`, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:_NAMES_SHOWN])
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

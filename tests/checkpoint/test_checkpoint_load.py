@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from jaxinfer.checkpoint.load import load_params, splits_into
 from jaxinfer.checkpoint.reader import CheckpointReader
-from jaxinfer.models.families.base import Source
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.families.base import Family, Source
 
 N, K, H, D, F, V = 4, 2, 3, 8, 12, 20
 
@@ -33,6 +34,7 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "model.up.weight": (D, F),
         "model.down.weight": (D, F),
         "model.norm.weight": (D,),
+        "model.heads.weight": (2 * N * H, D),
     }
     tensors = {name: rng.standard_normal(shape).astype(dtype) for name, shape in stored.items()}
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)  # noqa: E731
@@ -46,6 +48,8 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         },
         "mlp": {"up": {"weight": shape(F, D)}, "down": {"weight": shape(D, F)}},
         "norm": {"weight": shape(D)},
+        "first": {"weight": shape(N, H, D)},
+        "second": {"weight": shape(N, H, D)},
     }
     axes = {
         "embed": {"weight": ("vocab", "embed")},
@@ -57,6 +61,8 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         },
         "mlp": {"up": {"weight": ("ffn", "embed")}, "down": {"weight": ("embed", "ffn")}},
         "norm": {"weight": ("embed",)},
+        "first": {"weight": ("q_heads", "head_dim", "embed")},
+        "second": {"weight": ("q_heads", "head_dim", "embed")},
     }
     sources = {
         "embed/weight": Source("embed.weight"),
@@ -67,6 +73,8 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "mlp/up/weight": Source("up.weight", transpose=True),
         "mlp/down/weight": Source("down.weight"),
         "norm/weight": Source("norm.weight"),
+        "first/weight": Source("heads.weight", head_rows=(0, H)),
+        "second/weight": Source("heads.weight", head_rows=(H, 2 * H)),
     }
     return tensors, abstract, axes, sources
 
@@ -82,6 +90,8 @@ def expected(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "mlp/up/weight": tensors["model.up.weight"].T,
         "mlp/down/weight": tensors["model.down.weight"],
         "norm/weight": tensors["model.norm.weight"],
+        "first/weight": tensors["model.heads.weight"].reshape(N, 2, H, D)[:, 0],
+        "second/weight": tensors["model.heads.weight"].reshape(N, 2, H, D)[:, 1],
     }
 
 
@@ -92,10 +102,18 @@ def flat(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def load(directory: Path, **kwargs: Any) -> dict[str, Any]:
+NO_CONFIG = ModelConfig("test", V, D, 16, ())
+
+
+def family_of(sources: dict[str, Source], ignored: tuple[str, ...] = ()) -> Family:
+    """A family whose checkpoints write "model." before every name."""
+    return Family((), lambda _: NO_CONFIG, lambda _: sources, aliases=(("", "model."),), ignored=ignored)
+
+
+def load(directory: Path, ignored: tuple[str, ...] = (), **kwargs: Any) -> dict[str, Any]:
     _, abstract, axes, sources = tiny()
     with CheckpointReader(directory) as reader:
-        return flat(load_params(reader, abstract, axes, sources, prefixes=("", "model."), **kwargs))
+        return flat(load_params(reader, abstract, axes, family_of(sources, ignored), NO_CONFIG, **kwargs))
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -169,7 +187,8 @@ MEMORY = """
 import jax, numpy as np
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.reader import CheckpointReader
-from jaxinfer.models.families.base import Source
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.families.base import Family, Source
 def memory(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) * 1024
@@ -178,7 +197,10 @@ with CheckpointReader({directory!r}) as reader:
     abstract = {{name: jax.ShapeDtypeStruct(info.shape, np.float32) for name, info in reader.tensors.items()}}
     axes = {{name: (None,) * len(info.shape) for name, info in reader.tensors.items()}}
     before = memory("VmRSS")
-    params = load_params(reader, abstract, axes, {{name: Source(name) for name in abstract}})
+    sources = {{name: Source(name) for name in abstract}}
+    config = ModelConfig("test", 1, 1, 1, ())
+    family = Family((), lambda _: config, lambda _: sources)
+    params = load_params(reader, abstract, axes, family, config)
     peak = memory("VmHWM") - before
     total = sum(array.nbytes for array in params.values())
 print(peak / total)
@@ -210,12 +232,14 @@ def change(name: str, value: np.ndarray | None) -> Callable[[dict[str, np.ndarra
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("model.norm.weight", None), r"lacks 1 of 6 tensors: 'norm\.weight'"),
+        (change("model.norm.weight", None), r"lacks 1 of the 7 tensors of this model: 'norm\.weight'"),
         (change("model.extra", np.zeros(2, np.float32)), r"1 tensors this model has no place for: 'model\.extra'"),
         (change("model.down.weight", np.zeros((F, D), np.float32)), r"\[12, 8\], which does not fill mlp/down/weight"),
         (change("model.norm.weight", np.zeros(D + 1, np.float32)), r"\[9\], which does not fill norm/weight .*\[8\]"),
         (change("model.qkv.weight", np.zeros((N * H, D), np.float32)), r"\[12, 8\], which does not fill attention/k"),
         (change("model.qkv.weight", np.zeros((99, D), np.float32)), r"has 99 rows and the model uses 24"),
+        (change("model.heads.weight", np.zeros((23, D), np.float32)), r"\[23, 8\], which does not fill first/weight"),
+        (change("model.heads.weight", np.zeros((36, D), np.float32)), r"has 36 rows and the model uses 24"),
         (change("model.norm.weight", np.zeros((), np.float32)), r"\[\], which does not fill norm/weight"),
     ],
 )
@@ -232,9 +256,9 @@ def test_ignored_tensors(tmp_path: Path) -> None:
     tensors, *_ = tiny()
     extra = {"vision.tower": np.zeros(2, np.float32), "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2)}
     save_file(tensors | extra, tmp_path / "model.safetensors")
-    assert len(load(tmp_path, ignored=("vision.",))) == 8
+    assert len(load(tmp_path, ignored=("vision.*", "*.inv_freq"))) == 10
     with pytest.raises(ValueError, match=r"no place for: 'vision\.tower'"):
-        load(tmp_path)
+        load(tmp_path, ignored=("*.inv_freq",))
 
 
 @pytest.mark.parametrize(
