@@ -1,0 +1,257 @@
+"""The engine: add, step, abort. The only place that wires scheduler, runner, tokenizer and checkpoint together.
+
+A step sends the next batch to the device before it reads the tokens of the last one (they stay on the device, where
+the next batch takes them from); a request that turns out to have ended has computed one token too many, which is
+dropped. One thread at a time may use an engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxinfer.cache.manager import KVCacheManager
+from jaxinfer.config import EngineConfig
+from jaxinfer.loading import LoadedModel, load_model
+from jaxinfer.metrics import EngineMetrics, EngineStats
+from jaxinfer.models.model import Params
+from jaxinfer.outputs import RequestState
+from jaxinfer.plan import resolve
+from jaxinfer.runner.programs import use_compilation_cache
+from jaxinfer.runner.runner import PendingStep, Runner
+from jaxinfer.scheduler.schedule import Schedule, SchedulerConfig
+from jaxinfer.scheduler.scheduler import Scheduler
+from jaxinfer.scheduler.sequence import Sequence
+from jaxinfer.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxinfer.types import Request, RequestOutput, check_against_vocabulary
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Continuous batching over one model.
+
+    loaded: a model that is already in memory, instead of config.model. mesh: a jax Mesh, instead of config.mesh.
+    """
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None, mesh: Mesh | None = None) -> None:
+        use_compilation_cache(config.compilation_cache_path)
+        self.config = config
+        self.loaded = loaded or load_model(config.model, mesh=mesh or config.mesh, dtype=config.dtype)
+        self.plan = resolve(config, self.loaded.config, self.loaded.model.dtype, self.loaded.mesh)
+        log.info("%s", self.plan.describe())
+        self.metrics = EngineMetrics(self.plan.kv_cache_bytes)
+        self.manager = KVCacheManager(
+            self.plan.groups,
+            self.plan.num_pages,
+            self.plan.page_size,
+            self.plan.table_widths,
+            self.plan.max_num_seqs,
+            self.plan.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(
+            SchedulerConfig(self.plan.max_num_seqs, self.plan.max_num_batched_tokens, self.plan.max_model_len),
+            self.manager,
+        )
+        self.runner = Runner(self.loaded.model, self.loaded.params, self.plan, self.metrics)
+        self._requests: dict[str, RequestState] = {}
+        self._in_flight: tuple[Schedule, PendingStep] | None = None
+        self._num_added = 0
+        self._num_preemptions = 0
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, read on first use; ValueError where the directory has none."""
+        return Tokenizer(self.loaded.directory)
+
+    def warm_up(self) -> None:
+        """Compile, or load, every program that serving can need; afterwards nothing compiles."""
+        self.runner.warm_up()
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. ValueError, naming value, limit and fix, for one that could never run."""
+        if request.request_id in self._requests:
+            raise ValueError(f"request_id={request.request_id!r} is already running; give every request its own")
+        params, vocab_size = request.sampling_params, self.loaded.config.vocab_size
+        check_against_vocabulary(params, vocab_size)
+        if not request.prompt_token_ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(f"prompt token id {token_id} is outside the vocabulary; use 0 to {vocab_size - 1}")
+        texts = [self._detokenizer(request) for _ in range(params.n)]
+        seed = params.seed
+        if seed is None:
+            seed = int(np.random.SeedSequence([self.plan.seed, self._num_added]).generate_state(1)[0])
+        sequences = [
+            Sequence(
+                request_id=request.request_id,
+                token_ids=list(request.prompt_token_ids),
+                params=params,
+                eos_token_ids=self.loaded.generation.eos_token_ids,
+                sample_index=index,
+                seed=seed,
+                priority=request.priority,
+                arrival_time=request.arrival_time,
+                cache_salt=request.cache_salt,
+                compute_all_prompt=params.prompt_logprobs is not None,
+            )
+            for index in range(params.n)
+        ]
+        self.scheduler.add(*sequences)
+        self._num_added += 1
+        self.metrics.request_added(len(request.prompt_token_ids))
+        self._requests[request.request_id] = RequestState(request, sequences, texts, self._decode_token)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now; its pages and its place are free at once. None where there is no such request."""
+        state = self._requests.pop(request_id, None)
+        if state is None:
+            return None
+        self.scheduler.abort(request_id)
+        state.finish(time.monotonic(), self.metrics)
+        self._set_gauges()
+        return state.output
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def step(self) -> list[RequestOutput]:
+        """Send the next batch, then read the last one: the requests that got tokens or ended by it."""
+        started = time.monotonic()
+        schedule = self.scheduler.schedule(started)
+        sent = None
+        if schedule is not None:
+            sent = schedule, self.runner.execute(schedule, self.manager.tables)
+            self._note_first_scheduled(schedule)
+        previous, self._in_flight = self._in_flight, sent
+        if previous is None:
+            return []
+        outputs, waited = self._commit(*previous)
+        stats = self.scheduler.stats()
+        self.metrics.preempted(stats.num_preemptions - self._num_preemptions)
+        self._num_preemptions = stats.num_preemptions
+        seconds = time.monotonic() - started
+        self.metrics.step_finished(
+            seconds=seconds,
+            host_seconds=seconds - waited,
+            num_prefill_tokens=previous[0].num_prefill_tokens,
+            num_decode_tokens=previous[0].num_decode_tokens,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            kv_usage=stats.kv.num_held / max(stats.kv.num_pages, 1),
+        )
+        return outputs
+
+    def stats(self) -> EngineStats:
+        return self.metrics.snapshot()
+
+    def update_params(self, params: Params) -> None:
+        """Swap the weights. Running requests keep the tokens they have and go on under the new weights.
+
+        ValueError where `params` is not shaped like this model's.
+        """
+        placed = self.loaded.place(params)
+        self._in_flight = None
+        self.scheduler.reset_cache()
+        self.loaded.params = self.runner.params = placed
+
+    def _commit(self, schedule: Schedule, pending: PendingStep) -> tuple[list[RequestOutput], float]:
+        """Read a step and hand out its tokens. Returns the outputs and the seconds spent waiting for the device."""
+        waiting_since = time.monotonic()
+        result = pending.read()
+        now = time.monotonic()
+        touched: dict[str, RequestState] = {}
+        for sequence, token_ids, logprobs in result.prompt_logprobs:
+            state = self._requests.get(sequence.request_id)
+            if state is not None:
+                state.add_prompt_logprobs(token_ids, logprobs)
+        for sequence in result.invalid:
+            state = self._requests.pop(sequence.request_id, None)
+            if state is not None:
+                self.scheduler.abort(sequence.request_id)
+                state.finish(now, self.metrics, "the model's logits are not finite; check the weights and the dtype")
+                touched[sequence.request_id] = state
+        for update in self.scheduler.commit(schedule, result.token_ids):
+            sequence = update.sequence
+            state = self._requests[sequence.request_id]
+            touched[sequence.request_id] = state
+            sample, reason, stop = sequence.sample_index, update.finish_reason, sequence.stop_reason
+            found = state.add_token(sample, update.token_id, result.logprobs, update.sample, now, self.metrics)
+            if found is not None:
+                if reason is None:
+                    self.scheduler.finish(sequence, "stop", found)
+                reason, stop = "stop", found
+            if reason is not None:
+                state.finish_sample(sample, reason, stop)
+                if not state.num_open:
+                    state.finish(now, self.metrics)
+                    del self._requests[sequence.request_id]
+        return [state.output for state in touched.values()], now - waiting_since
+
+    def _note_first_scheduled(self, schedule: Schedule) -> None:
+        for row in schedule.rows:
+            if row.is_new and row.sequence.sample_index == 0 and row.sequence.num_preemptions == 0:
+                times = self._requests[row.sequence.request_id].output.metrics
+                times.first_scheduled_time = row.sequence.first_scheduled_time
+                queried = 0 if row.sequence.compute_all_prompt else row.sequence.num_prompt_tokens
+                if not self.plan.enable_prefix_caching:
+                    queried = 0
+                self.metrics.request_scheduled(times.queue_time or 0.0, queried, row.sequence.num_cached_tokens)
+
+    def _set_gauges(self) -> None:
+        stats = self.scheduler.stats()
+        self.metrics.set_gauges(
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            kv_usage=stats.kv.num_held / max(stats.kv.num_pages, 1),
+        )
+
+    @cached_property
+    def _has_tokenizer(self) -> bool:
+        return Tokenizer.exists(self.loaded.directory)
+
+    def _detokenizer(self, request: Request) -> IncrementalDetokenizer | None:
+        params = request.sampling_params
+        if not self._has_tokenizer:
+            if params.stop_strings:
+                raise ValueError(f"stop={params.stop_strings} needs text, and {self.loaded.directory} has no tokenizer")
+            return None
+        return IncrementalDetokenizer(
+            self.tokenizer,
+            request.prompt_token_ids,
+            stop=params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+
+    def _decode_token(self, token_id: int) -> str | None:
+        return self.tokenizer.decode([token_id], skip_special_tokens=False) if self._has_tokenizer else None
+
+
+def make_request(
+    engine: Engine,
+    request_id: str,
+    prompt: str | Any,
+    sampling_params: Any,
+    *,
+    priority: int = 0,
+    cache_salt: str = "",
+) -> Request:
+    """A Request from text or token ids, arriving now."""
+    text = prompt if isinstance(prompt, str) else None
+    token_ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(int(token_id) for token_id in token_ids),
+        sampling_params=sampling_params,
+        prompt=text,
+        priority=priority,
+        arrival_time=time.monotonic(),
+        cache_salt=cache_salt,
+    )

@@ -1,0 +1,229 @@
+"""Every choice of an engine, made once from the user's config, the model and the devices, and then frozen."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxinfer.cache.groups import KVGroup, group_of_layer, kv_groups
+from jaxinfer.config import EngineConfig
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.ops.paged_attention import AttentionCase, Backend, choose_backend
+
+log = logging.getLogger(__name__)
+
+# Part of the free memory that the KV cache takes when no flag says otherwise: nearly all of an accelerator's, which
+# serves nothing else; a little of a host's, which does.
+ACCELERATOR_FRACTION = 0.85
+HOST_FRACTION = 0.1
+DEFAULT_PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer attends: which group's page table, whose pool, by which kernel."""
+
+    group: int
+    pool: int
+    case: AttentionCase
+    backend: Backend
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is static in a running engine. Token and sequence counts are padded to the buckets."""
+
+    model: ModelConfig
+    dtype: np.dtype
+    mesh: Mesh
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    groups: tuple[KVGroup, ...]
+    table_widths: tuple[int, ...]
+    num_pages: tuple[int, ...]
+    layers: tuple[LayerPlan, ...]
+    token_buckets: tuple[int, ...]
+    sequence_buckets: tuple[int, ...]
+    enable_prefix_caching: bool
+    seed: int
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        sizes = zip(self.groups, self.num_pages, strict=True)
+        return sum(pages * g.bytes_per_page(self.page_size, self.dtype.itemsize) for g, pages in sizes)
+
+    def describe(self) -> str:
+        """The plan in a few lines, for the log."""
+        lines = [
+            f"mesh {dict(self.mesh.shape)} of {self.mesh.devices.flat[0].platform}, {self.dtype.name}, "
+            f"max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
+            f"max_num_batched_tokens {self.max_num_batched_tokens}",
+            f"KV cache {self.kv_cache_bytes / 2**20:.0f} MiB, pages of {self.page_size} tokens: "
+            + "; ".join(
+                f"{pages} pages for {len(g.layers)} layers of {g.num_kv_heads} kv heads x {g.head_dim}"
+                + ("" if g.window is None else f", window {g.window}, a ring of {width}")
+                for g, pages, width in zip(self.groups, self.num_pages, self.table_widths, strict=True)
+            ),
+        ]
+        return "\n".join(lines)
+
+
+def resolve_dtype(requested: str, checkpoint: Any, platform: str) -> np.dtype:
+    """The compute dtype. XLA's CPU code for 16-bit matrix products is many times slower than its float32 code."""
+    stored = jnp.dtype(checkpoint or "float32")
+    if requested != "auto":
+        return jnp.dtype(requested)
+    if platform == "cpu" and stored != jnp.float32:
+        log.info(
+            "the checkpoint is %s; computing in float32, which is faster on CPU (dtype=%s keeps it)", stored, stored
+        )
+        return jnp.dtype("float32")
+    return stored
+
+
+def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mesh) -> Plan:
+    """Freeze every choice. ValueError, naming value, limit and fix, for what this model cannot do."""
+    platform = mesh.devices.flat[0].platform
+    on_cpu = platform == "cpu"
+    max_model_len = config.max_model_len or model.max_position
+    if model.learned_positions and max_model_len > model.max_position:
+        raise ValueError(
+            f"max_model_len={max_model_len} is more than the {model.max_position} positions this model has learned; "
+            f"use at most {model.max_position}"
+        )
+    max_num_seqs = config.max_num_seqs or (32 if on_cpu else 256)
+    max_num_batched_tokens = max(config.max_num_batched_tokens or (512 if on_cpu else 2048), max_num_seqs)
+    page_size = config.page_size or DEFAULT_PAGE_SIZE
+    max_chunk = min(max_num_batched_tokens, max_model_len)
+
+    groups = kv_groups(model)
+    widths = tuple(group.table_width(max_model_len, max_chunk, page_size) for group in groups)
+    num_pages = _pool_sizes(config, groups, widths, page_size, max_num_seqs, dtype, mesh)
+    return Plan(
+        model=model,
+        dtype=dtype,
+        mesh=mesh,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        page_size=page_size,
+        groups=groups,
+        table_widths=widths,
+        num_pages=num_pages,
+        layers=_layer_plans(model, groups, page_size, dtype, platform, config.attention_backend),
+        token_buckets=buckets(max_num_batched_tokens),
+        sequence_buckets=tuple(2**i for i in range((max_num_seqs - 1).bit_length())) + (max_num_seqs,),
+        enable_prefix_caching=config.enable_prefix_caching,
+        seed=config.seed,
+    )
+
+
+def buckets(largest: int) -> tuple[int, ...]:
+    """Padded sizes up to `largest`: powers of two, and from 16 on the middles between them (at most 1/3 padding)."""
+    sizes = {largest}
+    size = 1
+    while size < largest:
+        sizes.add(size)
+        if size >= 16 and size * 3 // 2 < largest:
+            sizes.add(size * 3 // 2)
+        size *= 2
+    return tuple(sorted(sizes))
+
+
+def _layer_plans(
+    model: ModelConfig, groups: tuple[KVGroup, ...], page_size: int, dtype: np.dtype, platform: str, forced: str | None
+) -> tuple[LayerPlan, ...]:
+    owners = sorted(layer for group in groups for layer in group.layers)
+    chosen: dict[AttentionCase, Backend] = {}
+    plans = []
+    for index, (layer, group) in enumerate(zip(model.layers, group_of_layer(model), strict=True)):
+        case = AttentionCase(
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            page_size=page_size,
+            window=layer.window,
+            soft_cap=model.attention_softcap,
+            scale=model.scale_of(layer),
+            dtype=dtype.name,
+            has_sinks=False,
+            platform=platform,
+        )
+        if case not in chosen:
+            chosen[case], refusals = choose_backend(case, forced)
+            log.info("attention of layer %d: %s", index, chosen[case].name)
+            for name, reason in refusals.items():
+                log.info("attention backend %s not used: %s", name, reason)
+        owner = index if layer.kv_source is None else layer.kv_source
+        plans.append(LayerPlan(group, owners.index(owner), case, chosen[case]))
+    return tuple(plans)
+
+
+def _pool_sizes(
+    config: EngineConfig,
+    groups: tuple[KVGroup, ...],
+    widths: tuple[int, ...],
+    page_size: int,
+    max_num_seqs: int,
+    dtype: np.dtype,
+    mesh: Mesh,
+) -> tuple[int, ...]:
+    """Pages of each group, page 0 included.
+
+    Rings never need more than max_num_seqs full rings, so they get that, or half of the memory at most; the groups
+    that grow with the sequence share the rest, the same number of pages each, and never more than every sequence at
+    its longest would use.
+    """
+    most = [max_num_seqs * width + 1 for width in widths]
+    costs = [group.bytes_per_page(page_size, dtype.itemsize) for group in groups]
+    growing = [g.window is None for g in groups]
+    if config.num_pages is not None:
+        first = growing[0]
+        return tuple(config.num_pages + 1 if g == first else pages for g, pages in zip(growing, most, strict=True))
+    memory = config.kv_cache_bytes or _free_memory(mesh)
+    ring_bytes = sum(cost * pages for cost, pages, g in zip(costs, most, growing, strict=True) if not g)
+    ring_limit = memory // 2 if any(growing) else memory
+    ring_share = min(1.0, ring_limit / ring_bytes) if ring_bytes else 0.0
+    left = memory - int(ring_bytes * ring_share)
+    growing_cost = sum(cost for cost, g in zip(costs, growing, strict=True) if g)
+    pages = tuple(
+        min(m, left // growing_cost) if g else int(m * ring_share) for m, g in zip(most, growing, strict=True)
+    )
+    if min(pages) < 2:
+        raise ValueError(
+            f"kv_cache_memory={memory} bytes holds {min(pages)} pages of {max(costs)} bytes; "
+            f"give at least {2 * (growing_cost + ring_bytes // max_num_seqs)} bytes or a smaller page_size"
+        )
+    return pages
+
+
+def _free_memory(mesh: Mesh) -> int:
+    """Bytes the KV cache may take, over all devices of the mesh."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return int(HOST_FRACTION * _available_host_memory())
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        raise ValueError(f"{device} does not tell its memory; give kv_cache_memory or num_pages")
+    return int(ACCELERATOR_FRACTION * (stats["bytes_limit"] - stats["bytes_in_use"]))
+
+
+def _available_host_memory() -> int:
+    """MemAvailable where the kernel tells it (Linux), else the physical memory."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:
+        pass
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,246 @@
+"""Runs schedules: packs them, sends them to the device, and hands back what to read later."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinfer.cache.manager import PageCopy
+from jaxinfer.cache.pool import abstract_pools, copy_pages, empty_pools
+from jaxinfer.metrics import EngineMetrics
+from jaxinfer.models.model import Model, Params
+from jaxinfer.outputs import ScoredTokens
+from jaxinfer.plan import Plan
+from jaxinfer.runner import step
+from jaxinfer.runner.batch import BatchLayout, pack
+from jaxinfer.runner.programs import Programs
+from jaxinfer.sampling.logprobs import TokenLogprobs
+from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingTable
+from jaxinfer.sampling.sampler import SampleOutput
+from jaxinfer.sampling.state import admit, dense_rows, init_state, uses_dense_state
+from jaxinfer.scheduler.schedule import Schedule, ScheduledRow
+from jaxinfer.scheduler.sequence import Sequence
+
+# Prompt positions whose log-probabilities one program computes; their logits take this many rows of the vocabulary.
+SCORED_ROWS = 32
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed, on the host. Rows are those of `schedule.sampling_rows`.
+
+    token_ids int32 [R]. logprobs: None unless a row asked. invalid: sequences whose logits were not finite.
+    prompt_logprobs: for each sequence that asked, the prompt tokens scored by this step, and their scores.
+    """
+
+    token_ids: np.ndarray
+    logprobs: ScoredTokens | None
+    invalid: tuple[Sequence, ...]
+    prompt_logprobs: tuple[tuple[Sequence, list[int], ScoredTokens], ...]
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step on its way through the device. `sampled` is None where no row samples."""
+
+    schedule: Schedule
+    hidden: jax.Array
+    sampled: SampleOutput | None
+    wants_logprobs: bool
+    scored: tuple[tuple[Sequence, list[int], TokenLogprobs], ...]
+
+    def read(self) -> StepResult:
+        """Wait for the step and fetch what was asked for."""
+        scored = tuple((sequence, ids, _fetch(scores, len(ids))) for sequence, ids, scores in self.scored)
+        if self.sampled is None:
+            self.hidden.block_until_ready()
+            return StepResult(np.zeros(0, np.int32), None, (), scored)
+        rows = self.schedule.sampling_rows
+        invalid = np.asarray(self.sampled.invalid)[: len(rows)]
+        return StepResult(
+            token_ids=np.asarray(self.sampled.token_ids)[: len(rows)],
+            logprobs=_fetch(self.sampled.logprobs, len(rows)) if self.wants_logprobs else None,
+            invalid=tuple(row.sequence for row, bad in zip(rows, invalid, strict=True) if bad),
+            prompt_logprobs=scored,
+        )
+
+
+def _fetch(scores: TokenLogprobs, count: int) -> ScoredTokens:
+    parts = scores.logprob, scores.rank, scores.top_token_ids, scores.top_logprobs
+    return ScoredTokens(*(np.asarray(part)[:count] for part in parts))
+
+
+class Runner:
+    """The device's side of an engine: parameters, page pools, sampler state and the compiled programs.
+
+    Programs: one backbone for each token bucket, one sampler for each row bucket, one scorer of prompt tokens for each
+    token bucket that needs it, one page copier, one admission.
+    """
+
+    def __init__(self, model: Model, params: Params, plan: Plan, metrics: EngineMetrics) -> None:
+        self.model = model
+        self.params = params
+        self.plan = plan
+        self._programs = Programs(metrics)
+        self._table = SamplingTable(plan.max_num_seqs)
+        self._replicated = NamedSharding(plan.mesh, PartitionSpec())
+        self._abstract_pools = abstract_pools(plan, self._replicated)
+        self._group_of_pool = _group_of_pool(plan)
+        vocab_size, seqs = model.config.vocab_size, plan.max_num_seqs
+        self._pools = empty_pools(self._abstract_pools)
+        self._state = jax.jit(partial(init_state, seqs, vocab_size), out_shardings=self._replicated)()
+
+    def execute(self, schedule: Schedule, tables: Several[np.ndarray]) -> PendingStep:
+        """Send one step. `tables` are copied before this returns; nothing waits for the device."""
+        layout = self._layout(bucket(schedule.num_tokens, self.plan.token_buckets))
+        buffer = pack(schedule, tables, layout)
+        for row in schedule.rows:
+            if row.is_new:
+                self._admit(row)
+        if schedule.copies:
+            self._copy_pages(schedule.copies)
+        backbone = self._backbone(layout)
+        self._pools, hidden, sampled_from = backbone(self.params, self._pools, self._state.last_tokens, buffer)
+        sampled = None
+        rows = schedule.sampling_rows
+        if rows:
+            positions = [row.start + row.num_tokens - row.sequence.num_prompt_tokens for row in rows]
+            size = bucket(len(rows), self.plan.sequence_buckets)
+            words = self._table.rows([row.slot for row in rows], positions, size).words
+            sampled, self._state = self._sampler(size)(self.params, self._state, sampled_from, words)
+        return PendingStep(
+            schedule,
+            hidden,
+            sampled,
+            wants_logprobs=any(row.sequence.params.logprobs is not None for row in rows),
+            scored=self._score_prompts(schedule, hidden),
+        )
+
+    def warm_up(self) -> None:
+        """Compile every backbone, sampler, copy and admission program."""
+        for num_tokens in self.plan.token_buckets:
+            self._backbone(self._layout(num_tokens))
+        for num_rows in self.plan.sequence_buckets:
+            self._sampler(num_rows)
+        self._copier()
+        self._admission()
+
+    def reset(self) -> None:
+        """Fresh pools and sampler state, after a failed step may have left them unusable."""
+        self._pools = empty_pools(self._abstract_pools)
+        seqs, vocab_size = self.plan.max_num_seqs, self.model.config.vocab_size
+        self._state = jax.jit(partial(init_state, seqs, vocab_size), out_shardings=self._replicated)()
+
+    def _layout(self, num_tokens: int) -> BatchLayout:
+        return BatchLayout(num_tokens, self.plan.max_num_seqs, self.plan.table_widths)
+
+    def _admit(self, row: ScheduledRow) -> None:
+        """Give a slot to a sequence: its parameters, and its dense rows if it has any."""
+        sequence = row.sequence
+        self._table.set(row.slot, sequence.params, sequence.seed, sequence.sample_index)
+        if uses_dense_state(sequence.params):
+            prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+            counts, bias = dense_rows(
+                sequence.params,
+                sorted(sequence.stop_ids),
+                prompt,
+                sequence.output_token_ids,
+                self.model.config.vocab_size,
+            )
+            self._state = self._admission()(self._state, np.int32(row.slot), counts, bias)
+
+    def _copy_pages(self, copies: Several[PageCopy]) -> None:
+        """Copies are sent in blocks of max_num_seqs a group; the rest of a block copies page 0 onto itself."""
+        size = self.plan.max_num_seqs
+        by_group: list[list[PageCopy]] = [[] for _ in self.plan.groups]
+        for copy in copies:
+            by_group[copy.group].append(copy)
+        for start in range(0, max(map(len, by_group)), size):
+            pairs = np.zeros((2, len(by_group), size), np.int32)
+            for group, own in enumerate(by_group):
+                for place, copy in enumerate(own[start : start + size]):
+                    pairs[:, group, place] = copy.source, copy.target
+            self._pools = self._copier()(self._pools, pairs[0], pairs[1])
+
+    def _score_prompts(
+        self, schedule: Schedule, hidden: jax.Array
+    ) -> tuple[tuple[Sequence, list[int], TokenLogprobs], ...]:
+        """Send the scoring of prompt tokens whose predecessors this step computed, for sequences that asked."""
+        scored = []
+        first = 0
+        for row in schedule.rows:
+            sequence = row.sequence
+            if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
+                stop = min(row.start + row.num_tokens, sequence.num_prompt_tokens - 1)
+                for start in range(row.start, stop, SCORED_ROWS):
+                    targets = sequence.token_ids[start + 1 : min(start + SCORED_ROWS, stop) + 1]
+                    rows = np.zeros((2, SCORED_ROWS), np.int32)
+                    rows[0, : len(targets)] = first + start - row.start + np.arange(len(targets))
+                    rows[1, : len(targets)] = targets
+                    scorer = self._scorer(hidden.shape[0])
+                    scored.append((sequence, targets, scorer(self.params, hidden, rows[0], rows[1])))
+            first += row.num_tokens
+        return tuple(scored)
+
+    # Programs. Arguments that come from the host are described by shape; they are small and go to every device.
+
+    def _host(self, shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
+
+    def _backbone(self, layout: BatchLayout) -> Any:
+        def lower() -> jax.stages.Lowered:
+            run = partial(step.backbone, self.model, self.plan, layout)
+            jitted = jax.jit(run, donate_argnums=1, out_shardings=self._replicated)
+            return jitted.lower(self.params, self._pools, self._state.last_tokens, self._host((layout.size,)))
+
+        return self._programs.get(("backbone", layout.num_tokens), lower)
+
+    def _sampler(self, num_rows: int) -> Any:
+        def lower() -> jax.stages.Lowered:
+            run = jax.jit(partial(step.sample_tokens, self.model), donate_argnums=1, out_shardings=self._replicated)
+            hidden = self._host((self.plan.max_num_seqs, self.model.config.hidden_size), self.plan.dtype)
+            return run.lower(self.params, self._state, hidden, self._host((num_rows, NUM_COLUMNS)))
+
+        return self._programs.get(("sampler", num_rows), lower)
+
+    def _scorer(self, num_tokens: int) -> Any:
+        def lower() -> jax.stages.Lowered:
+            run = jax.jit(partial(step.score_tokens, self.model), out_shardings=self._replicated)
+            hidden = self._host((num_tokens, self.model.config.hidden_size), self.plan.dtype)
+            rows = self._host((SCORED_ROWS,))
+            return run.lower(self.params, hidden, rows, rows)
+
+        return self._programs.get(("scorer", num_tokens), lower)
+
+    def _copier(self) -> Any:
+        def lower() -> jax.stages.Lowered:
+            run = jax.jit(copy_pages, static_argnums=1, donate_argnums=0, out_shardings=self._replicated)
+            pairs = self._host((len(self.plan.groups), self.plan.max_num_seqs))
+            return run.lower(self._pools, self._group_of_pool, pairs, pairs)
+
+        return self._programs.get("page copier", lower)
+
+    def _admission(self) -> Any:
+        def lower() -> jax.stages.Lowered:
+            run = jax.jit(admit, donate_argnums=0, out_shardings=self._replicated)
+            row = (self.model.config.vocab_size,)
+            return run.lower(self._state, self._host(()), self._host(row), self._host(row, np.float32))
+
+        return self._programs.get("admission", lower)
+
+
+def bucket(size: int, sizes: Several[int]) -> int:
+    """The smallest of the sorted `sizes` that holds `size`."""
+    return sizes[bisect_left(sizes, size)]
+
+
+def _group_of_pool(plan: Plan) -> tuple[int, ...]:
+    groups = {layer.pool: layer.group for layer in plan.layers}
+    return tuple(groups[pool] for pool in range(len(groups)))

@@ -1,0 +1,72 @@
+"""The pure functions a step is made of. The runner compiles them; nothing here keeps state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.cache.pool import Pools
+from jaxinfer.layers.attention import Attend
+from jaxinfer.models.model import Model, Params
+from jaxinfer.plan import Plan
+from jaxinfer.runner.batch import BatchLayout, DeviceBatch
+from jaxinfer.sampling.logprobs import TokenLogprobs, score
+from jaxinfer.sampling.rows import SamplingRows
+from jaxinfer.sampling.sampler import SampleOutput, sample
+from jaxinfer.sampling.state import SamplerState
+
+
+def paged_attend(plan: Plan, batch: DeviceBatch) -> Attend[Pools]:
+    """Attention over the page pools; what a backend derives from the batch is derived once per case, not per layer."""
+    prepared: dict[Any, Any] = {}
+    for layer in plan.layers:
+        if (layer.case, layer.group) not in prepared:
+            prepared[layer.case, layer.group] = layer.backend.prepare(layer.case, batch, layer.group)
+
+    def attend(
+        index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, pools: Pools
+    ) -> tuple[jax.Array, Pools]:
+        layer = plan.layers[index]
+        metadata = prepared[layer.case, layer.group]
+        out, pool = layer.backend.run(layer.case, q, k, v, pools[layer.pool], batch, layer.group, metadata)
+        return out, (*pools[: layer.pool], pool, *pools[layer.pool + 1 :])
+
+    return attend
+
+
+def backbone(
+    model: Model,
+    plan: Plan,
+    layout: BatchLayout,
+    params: Params,
+    pools: Pools,
+    last_tokens: jax.Array,
+    buffer: jax.Array,
+) -> tuple[Pools, jax.Array, jax.Array]:
+    """All layers over one packed batch.
+
+    last_tokens int32 [slots]: the newest token of each sampling slot, still on the device when this step is sent.
+    Returns the pools, hidden states [T, D], and those of the rows to sample from [S, D].
+    """
+    batch = layout.unpack(buffer)
+    from_slot = last_tokens[jnp.maximum(batch.token_slots, 0)]
+    tokens = jnp.where(batch.token_slots >= 0, from_slot, batch.tokens)
+    hidden, pools = model.hidden(
+        params, tokens, batch.positions, paged_attend(plan, batch), pools, context_len=plan.max_model_len
+    )
+    return pools, hidden, hidden[batch.logits_tokens]
+
+
+def sample_tokens(
+    model: Model, params: Params, state: SamplerState, hidden: jax.Array, words: jax.Array
+) -> tuple[SampleOutput, SamplerState]:
+    """The next tokens of the rows `words` [R, columns]; hidden [S, D] holds theirs first."""
+    logits = model.logits(params, hidden[: words.shape[0]])
+    return sample(logits, state, SamplingRows(words))
+
+
+def score_tokens(model: Model, params: Params, hidden: jax.Array, rows: jax.Array, targets: jax.Array) -> TokenLogprobs:
+    """Log-probabilities of `targets` [R] after the tokens at `rows` [R] of hidden [T, D]."""
+    return score(model.logits(params, hidden[rows]), targets)
