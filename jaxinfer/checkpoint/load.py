@@ -52,10 +52,7 @@ def load_params(
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     sources = family.find_sources(config, reader.tensors)
     assert set(paths) == set(sources), sorted(set(paths) ^ set(sources))
-    if mesh is None:
-        shardings: list[Sharding] = [SingleDeviceSharding(jax.device_put(0).device)] * len(leaves)
-    else:
-        shardings = treedef.flatten_up_to(param_shardings(abstract, axes, mesh))
+    shardings = treedef.flatten_up_to(shardings_of(abstract, axes, mesh))
     shapes = {path: tuple(leaf.shape) for path, (_, leaf) in zip(paths, leaves, strict=True)}
     check_tensors(reader, sources, shapes, family)
 
@@ -81,6 +78,14 @@ def load_params(
         reader.directory,
     )
     return jax.tree.unflatten(treedef, [arrays[i] for i in range(len(paths))])
+
+
+def shardings_of(abstract: Mapping[str, Any], axes: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
+    """Every parameter's sharding: over the mesh by its axes' rules, or whole on the default device without one."""
+    if mesh is not None:
+        return param_shardings(abstract, axes, mesh)
+    whole = SingleDeviceSharding(jax.device_put(0).device)
+    return jax.tree.map(lambda _: whole, dict(abstract))
 
 
 def _load_one(

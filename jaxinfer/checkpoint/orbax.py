@@ -1,0 +1,153 @@
+"""Orbax checkpoints: a model directory whose weights are one Orbax pytree under `params/`.
+
+The directory also carries config.json and the tokenizer's files, so it is a model like any other. Parameters are
+restored straight into the sharding and dtype asked for, whatever they were saved with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxinfer.checkpoint.load import name_some, shardings_of
+
+PARAMS_DIR = "params"
+_MARKER_FILES = ("_CHECKPOINT_METADATA", "_METADATA")  # what Orbax writes into the directory of a pytree
+
+
+def params_dir(directory: str | Path) -> Path | None:
+    """Where a model directory keeps an Orbax pytree: under `params/`, or in the directory itself; None for nowhere."""
+    for place in (Path(directory) / PARAMS_DIR, Path(directory)):
+        if any((place / marker).is_file() for marker in _MARKER_FILES):
+            return place
+    return None
+
+
+def is_orbax(directory: str | Path) -> bool:
+    """Whether a model directory's weights are an Orbax checkpoint."""
+    return params_dir(directory) is not None
+
+
+def save_orbax(directory: str | Path, params: Mapping[str, Any]) -> None:
+    """Save a nested dict of jax.Arrays under `directory`/params; every process calls it. The caller adds config.json.
+
+    ValueError where Orbax cannot write: a full disk, a path without permission, weights that are there already.
+    """
+    import orbax.checkpoint as ocp
+
+    target = Path(directory).absolute() / PARAMS_DIR
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(target, args=ocp.args.PyTreeSave(params))
+    except Exception as error:  # tensorstore reports what the file system says through many types
+        raise ValueError(f"{target}: the checkpoint could not be written ({_first_line(error)})") from error
+
+
+def load_orbax(
+    directory: str | Path,
+    abstract: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+) -> dict[str, Any]:
+    """The nested dict of jax.Arrays that `abstract` describes, restored from a model directory. See load_params.
+
+    Each device reads its own part. ValueError, naming parameters, for missing, unexpected or wrongly shaped ones.
+    """
+    dtypes = jax.tree.map(
+        lambda leaf: dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype, abstract
+    )
+    with OrbaxReader(directory) as reader:
+        reader.check(
+            {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+        )
+        return reader.restore(abstract, dtypes, shardings_of(abstract, axes, mesh))
+
+
+class OrbaxReader:
+    """The parameters of an Orbax model directory: `shapes` and `dtypes` by path. A context manager."""
+
+    def __init__(self, directory: str | Path) -> None:
+        import orbax.checkpoint as ocp
+
+        found = params_dir(directory)
+        if found is None:
+            raise ValueError(f"{directory} holds no Orbax checkpoint; expected one in {PARAMS_DIR}/")
+        self.directory = found.absolute()
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                tree = checkpointer.metadata(self.directory).item_metadata.tree
+        except Exception as error:
+            raise self._unreadable(error) from error
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            self.shapes[_path_name(path)] = tuple(leaf.shape)
+            self.dtypes[_path_name(path)] = np.dtype(leaf.dtype)
+        # Orbax refuses an array larger than what it may have in flight; twice the largest keeps two on their way.
+        largest = max((math.prod(shape) * self.dtypes[path].itemsize for path, shape in self.shapes.items()), default=0)
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2 * math.ceil(largest / 1e9) + 1)
+        self._checkpointer = ocp.Checkpointer(handler)
+
+    def __enter__(self) -> OrbaxReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._checkpointer.close()
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """ValueError, naming parameters, unless the checkpoint holds exactly these."""
+        if missing := [path for path in shapes if path not in self.shapes]:
+            raise ValueError(
+                f"{self.directory} lacks {len(missing)} of the {len(shapes)} parameters of this model: "
+                f"{name_some(missing)}; check that config.json belongs to it"
+            )
+        if unexpected := [path for path in self.shapes if path not in shapes]:
+            raise ValueError(
+                f"{self.directory} holds {len(unexpected)} parameters this model has no place for: "
+                f"{name_some(unexpected)}; check that config.json belongs to it"
+            )
+        for path, shape in shapes.items():
+            if self.shapes[path] != shape:
+                raise ValueError(
+                    f"{self.directory}: parameter {path} has shape {list(self.shapes[path])} where the model's is "
+                    f"{list(shape)}; check that config.json belongs to it"
+                )
+
+    def restore(self, abstract: Any, dtypes: Any, shardings: Any) -> dict[str, Any]:
+        """The parameters of `abstract`, which may be some of those that are there, as jax.Arrays."""
+        import orbax.checkpoint as ocp
+
+        arguments = jax.tree.map(
+            lambda leaf, dtype, sharding: ocp.ArrayRestoreArgs(
+                dtype=np.dtype(dtype), sharding=sharding, global_shape=tuple(leaf.shape)
+            ),
+            abstract,
+            dtypes,
+            shardings,
+        )
+        restore = ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
+        try:
+            return self._checkpointer.restore(self.directory, args=restore)
+        except Exception as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.directory}: Orbax cannot read it ({_first_line(error)}); copy the checkpoint again")
+
+
+def _path_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

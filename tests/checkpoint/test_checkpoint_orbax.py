@@ -1,0 +1,103 @@
+"""Orbax: what is saved comes back, in any layout and dtype, and what does not fit is named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.checkpoint.orbax import is_orbax, load_orbax, save_orbax
+
+SHAPES = {"embed": (16, 8), "norm": (8,)}
+AXES = {"embed": {"weight": ("vocab", "embed")}, "norm": {"weight": ("embed",)}}
+
+
+def make_params(dtype: Any = jnp.float32) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {name: {"weight": jnp.asarray(rng.standard_normal(shape), dtype)} for name, shape in SHAPES.items()}
+
+
+def abstract_of(shapes: dict[str, tuple[int, ...]], dtype: Any = jnp.float32) -> dict[str, Any]:
+    return {name: {"weight": jax.ShapeDtypeStruct(shape, dtype)} for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("saved", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("wanted", [None, jnp.float32, jnp.bfloat16])
+def test_round_trip(tmp_path: Path, saved: Any, wanted: Any) -> None:
+    params = make_params(saved)
+    assert not is_orbax(tmp_path)
+    save_orbax(tmp_path, params)
+    assert is_orbax(tmp_path)
+    assert is_orbax(tmp_path / "params")
+    loaded = load_orbax(tmp_path, abstract_of(SHAPES), AXES, dtype=wanted)
+    want = jax.tree.map(lambda leaf: leaf.astype(wanted or jnp.float32), params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, want)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(wanted or jnp.float32)}
+
+
+RESHARD = """
+import sys
+import jax, numpy as np
+sys.path.insert(0, {tests!r})
+from test_checkpoint_orbax import AXES, SHAPES, abstract_of, make_params
+from jaxinfer.checkpoint.orbax import load_orbax, save_orbax
+from jaxinfer.sharding.mesh import make_mesh
+from jaxinfer.sharding.rules import param_shardings
+params = make_params()
+save_orbax({directory!r}, jax.device_put(params, param_shardings(params, AXES, make_mesh("tensor=4"))))
+for spec in ("tensor=2,fsdp=2", "fsdp=4", None):
+    mesh = make_mesh(spec)
+    loaded = load_orbax({directory!r}, abstract_of(SHAPES), AXES, mesh)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == param_shardings(params, AXES, mesh), spec
+print("every layout agrees")
+"""
+
+
+def test_restored_into_another_layout(tmp_path: Path) -> None:
+    code = RESHARD.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | flags, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "every layout agrees" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({**SHAPES, "head": (16, 8)}, r"lacks 1 of the 3 parameters of this model: 'head/weight'"),
+        ({"embed": (16, 8)}, r"holds 1 parameters this model has no place for: 'norm/weight'"),
+        ({**SHAPES, "norm": (9,)}, r"parameter norm/weight has shape \[8\] where the model's is \[9\]"),
+    ],
+)
+def test_parameters_that_do_not_fit(tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str) -> None:
+    save_orbax(tmp_path, make_params())
+    axes = {name: {"weight": (None,) * len(shape)} for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        load_orbax(tmp_path, abstract_of(shapes), axes)
+
+
+def test_damage_and_absence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no Orbax checkpoint"):
+        load_orbax(tmp_path, abstract_of(SHAPES), AXES)
+    save_orbax(tmp_path, make_params())
+    for file in (tmp_path / "params").rglob("d/*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="Orbax cannot read it") as error:
+        load_orbax(tmp_path, abstract_of(SHAPES), AXES)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    save_orbax(tmp_path, make_params())
+    with pytest.raises(ValueError, match="could not be written"):
+        save_orbax(tmp_path, make_params())
