@@ -69,7 +69,7 @@ class Schedule:
     rows               one-token rows first, then longer chunks, then forked samples (no tokens); no slot twice
     sampling_rows      those of them that sample, in the same order: one sampled token each
     copies             pages to copy before anything is written; no page is both a target and a later source
-    num_decode_tokens  tokens of rows that continue an output; num_prefill_tokens: all other tokens
+    num_decode_tokens  tokens of rows that add one to an output; num_prefill_tokens: all others, recomputed ones too
     num_single_rows    how many rows have exactly one token
     preempted          sequences that lost their pages to this step
     """

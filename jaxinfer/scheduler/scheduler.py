@@ -34,6 +34,7 @@ class _Step:
 
     budget     tokens left, of which `reserved` are for running sequences with one token to compute, not yet reached
     index      running sequences before it have had their turn and keep their pages: only later ones are preempted
+    closed     no waiting sequence is admitted any more: pages or slots have run out
     promised   per group, pages that partly computed prompts of this step will still need
     forks      forked samples, each with its sample 0
     """
@@ -43,6 +44,7 @@ class _Step:
     reserved: int
     promised: list[int]
     index: int = 0
+    closed: bool = False
     num_decode_tokens: int = 0
     singles: list[ScheduledRow] = field(default_factory=list)
     chunks: list[ScheduledRow] = field(default_factory=list)
@@ -161,7 +163,7 @@ class Scheduler:
         self._running.clear()
         for samples in self._live.values():
             for sequence in samples:
-                sequence.num_in_flight = 0
+                sequence.num_in_flight, sequence.num_total_tokens = 0, len(sequence.token_ids)
         self.manager.forget_prefixes()
 
     # Numbers
@@ -202,20 +204,22 @@ class Scheduler:
             reserved=sum(_has_one_token_to_run(sequence) for sequence in self._running),
             promised=[0] * len(self.manager.pools),
         )
-        admitting = True
+        head = self._waiting.head()
+        running = self._running
         while True:
-            head = self._waiting.head() if admitting else None
-            sequence = self._running[step.index] if step.index < len(self._running) else None
+            sequence = running[step.index] if step.index < len(running) else None
             if head is not None and (sequence is None or head.order < sequence.order):
-                admitting = self._admit(step, head)
-            elif sequence is None:
-                break
-            else:
+                if not self._admit(step, head):
+                    step.closed = True
+                head = self._waiting.head()
+            elif sequence is not None:
                 step.index += 1
-                if not sequence.is_complete and not self._continue(step, sequence):
-                    admitting = False
-            if step.preempted:
-                admitting = False
+                if sequence.num_total_tokens < sequence.max_total_tokens:
+                    self._continue(step, sequence)
+            else:
+                break
+            if step.closed:
+                head = None
         if not step.singles and not step.chunks:
             assert self._in_flight or not self._live, "nothing runs, nothing is in flight, and sequences are left"
             return None
@@ -223,29 +227,30 @@ class Scheduler:
         self._in_flight.append(schedule)
         return schedule
 
-    def _continue(self, step: _Step, sequence: Sequence) -> bool:
-        """Give a running sequence its part of the step. False when it found no pages and sits this one out."""
-        assert sequence.pages is not None
-        start, pending = sequence.num_computed_tokens, sequence.num_pending_tokens
-        if pending == 1:
+    def _continue(self, step: _Step, sequence: Sequence) -> None:
+        """Give a running sequence its part of the step; one that finds no pages sits this step out."""
+        pages, start = sequence.pages, sequence.num_computed_tokens
+        assert pages is not None
+        num_tokens = sequence.num_total_tokens - start
+        if num_tokens == 1:
             step.reserved -= 1
-            num_tokens = 1
         else:
-            num_tokens = min(pending, step.budget - step.reserved, self.config.chunk_tokens)
+            num_tokens = min(num_tokens, step.budget - step.reserved, self.config.chunk_tokens)
             if num_tokens <= 0:
-                return True
-        copies = self.manager.allocate(sequence.pages, start, start + num_tokens)
+                return
+        allocate = self.manager.allocate
+        copies = allocate(pages, start, start + num_tokens)
         while copies is None and len(self._running) > step.index:
             self._preempt_last(step)
-            copies = self.manager.allocate(sequence.pages, start, start + num_tokens)
+            copies = allocate(pages, start, start + num_tokens)
         if copies is None:
-            num_tokens = self.manager.largest_end(sequence.pages, start, start + num_tokens) - start
+            step.closed = True
+            num_tokens = self.manager.largest_end(pages, start, start + num_tokens) - start
             if num_tokens == 0:
-                return False
-            copies = self.manager.allocate(sequence.pages, start, start + num_tokens)
+                return
+            copies = allocate(pages, start, start + num_tokens)
             assert copies is not None
         self._place(step, sequence, num_tokens, copies, is_new=False)
-        return True
 
     def _admit(self, step: _Step, head: Sequence) -> bool:
         """Start or resume the first waiting sequence if it fits; only less urgent priorities make room for it."""
@@ -305,18 +310,22 @@ class Scheduler:
         """Put a row into the step, as if it had run, and fork the followers of a prompt that it completes."""
         start = sequence.num_computed_tokens
         end = start + num_tokens
-        samples = num_tokens == sequence.num_pending_tokens
-        input_slot = sequence.slot if sequence.num_in_flight else -1
-        assert input_slot < 0 or num_tokens == 1
+        samples = end == sequence.num_total_tokens
+        in_flight = sequence.num_in_flight
+        rows = step.singles if num_tokens == 1 else step.chunks
+        input_slot = sequence.slot if in_flight else -1
+        rows.append(ScheduledRow(sequence, sequence.slot, start, num_tokens, samples, input_slot, len(rows), is_new))
         step.budget -= num_tokens
-        if start >= sequence.num_prompt_tokens and num_tokens == 1:
-            step.num_decode_tokens += 1
         if copies:
             step.copies.extend(copies)
-        rows = step.singles if num_tokens == 1 else step.chunks
-        rows.append(ScheduledRow(sequence, sequence.slot, start, num_tokens, samples, input_slot, len(rows), is_new))
         sequence.num_computed_tokens = end
-        sequence.num_in_flight += samples
+        if samples:
+            sequence.num_in_flight = in_flight + 1
+            sequence.num_total_tokens += 1
+        if samples and num_tokens == 1 and start >= sequence.num_prompt_tokens:
+            step.num_decode_tokens += 1  # the commit registers its page
+            return
+        assert not in_flight
         self._register(sequence)
         if not samples:
             assert sequence.pages is not None
@@ -331,12 +340,13 @@ class Scheduler:
         for follower in parent.followers:
             if not self._free_slots or self.manager.num_available() <= len(self._running):
                 self._waiting.push(follower)
+                step.closed = True
                 continue
             self._start_running(step, follower)
             follower.pages = self.manager.fork(parent.pages, follower.slot)
             follower.page_hashes = list(parent.page_hashes)
             follower.num_computed_tokens = follower.num_cached_tokens = parent.num_computed_tokens
-            follower.num_in_flight = 1
+            follower.num_in_flight, follower.num_total_tokens = 1, parent.num_total_tokens
             follower.first_scheduled_time = step.now
             step.forks.append((follower, parent))
         parent.followers = []
@@ -350,6 +360,7 @@ class Scheduler:
         victim.num_preemptions += 1
         self.num_preemptions += 1
         step.preempted.append(victim)
+        step.closed = True
 
     def _requeue(self, sequence: Sequence) -> None:
         self._give_up_pages(sequence)
@@ -362,11 +373,9 @@ class Scheduler:
 
         A later row of the same step may share them: in each layer a step writes all keys and values before it reads.
         """
-        pages = sequence.pages
-        assert pages is not None
-        manager = self.manager
+        pages, manager = sequence.pages, self.manager
         num_tokens = min(sequence.num_computed_tokens, len(sequence.token_ids))
-        if manager.enable_prefix_caching and num_tokens // manager.page_size > pages.num_registered:
+        if pages is not None and manager.enable_prefix_caching:
             extend_page_hashes(sequence.page_hashes, sequence.token_ids, manager.page_size, sequence.cache_salt)
             manager.register(pages, sequence.page_hashes, num_tokens)
 
@@ -377,19 +386,23 @@ class Scheduler:
         """
         assert self._in_flight.popleft() is schedule, "steps are committed in the order in which they were scheduled"
         updates = []
+        page_size = self.manager.page_size
         tokens = np.asarray(token_ids).tolist()
         for index, row in enumerate(schedule.sampling_rows):
-            sequence = row.sequence
+            sequence, token_id = row.sequence, tokens[index]
             if sequence.status is Status.FINISHED:
                 continue
             sequence.num_in_flight -= 1
-            sequence.token_ids.append(tokens[index])
-            if sequence.pages is not None:
+            known = sequence.token_ids
+            known.append(token_id)
+            # A page is full now, or was full when the token that has just become known was scheduled to be written.
+            if len(known) % page_size <= 1:
                 self._register(sequence)
-            ended = sequence.end_reason()
-            if ended is not None:
-                self._end(sequence, *ended)
-            updates.append(SequenceUpdate(sequence, index, tokens[index], sequence.finish_reason))
+            if token_id in sequence.stop_ids or len(known) >= sequence.max_total_tokens:
+                ended = sequence.end_reason()
+                if ended is not None:
+                    self._end(sequence, *ended)
+            updates.append(SequenceUpdate(sequence, index, token_id, sequence.finish_reason))
         return updates
 
     def check_integrity(self) -> None:
@@ -404,17 +417,18 @@ class Scheduler:
         assert len(running) + len(self._waiting) + len(held_back) == len(live)
         for sequence in live:
             assert (sequence.pages is not None) == (sequence.slot >= 0) == (sequence.status is Status.RUNNING)
-            assert len(sequence.token_ids) + sequence.num_in_flight <= sequence.max_total_tokens
+            assert sequence.num_total_tokens == len(sequence.token_ids) + sequence.num_in_flight
+            assert sequence.num_total_tokens <= sequence.max_total_tokens
             assert 0 <= sequence.num_in_flight <= len(self._in_flight)
             if sequence.pages is not None:
                 assert sequence.pages.slot == sequence.slot
                 assert sequence.pages.num_tokens == sequence.num_computed_tokens
-                assert sequence.num_pending_tokens >= 1
+                assert sequence.num_computed_tokens < sequence.num_total_tokens
         self.manager.check_integrity([s.pages for s in running if s.pages is not None])
 
 
 def _has_one_token_to_run(sequence: Sequence) -> bool:
-    return sequence.num_pending_tokens == 1 and not sequence.is_complete
+    return sequence.num_computed_tokens + 1 == sequence.num_total_tokens < sequence.max_total_tokens
 
 
 def _finish_step(step: _Step) -> Schedule:

@@ -22,6 +22,7 @@ class Sequence:
     token_ids           prompt and the outputs that the host knows
     eos_token_ids       end it, unless params.ignore_eos
     compute_all_prompt  every prompt position must pass through the model (prompt logprobs): no prefix hits
+    num_total_tokens    tokens known and in flight
     num_computed_tokens positions whose keys and values are written once the last scheduled step has run
     num_in_flight       tokens sampled by scheduled steps that are not committed yet
     max_total_tokens    prompt and outputs at most: max_tokens, max_model_len and the pool, whichever is least
@@ -46,6 +47,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_prompt_tokens: int = field(init=False)
+    num_total_tokens: int = field(init=False)
     num_computed_tokens: int = 0
     num_in_flight: int = 0
     max_total_tokens: int = 0
@@ -60,7 +62,7 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.token_ids)
+        self.num_prompt_tokens = self.num_total_tokens = len(self.token_ids)
         eos = frozenset() if self.params.ignore_eos else self.eos_token_ids
         self.stop_ids = eos.union(self.params.stop_token_ids or ())
 
@@ -72,16 +74,6 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def num_pending_tokens(self) -> int:
-        """Tokens, known or still on the device, whose keys and values no step has been scheduled to compute."""
-        return len(self.token_ids) + self.num_in_flight - self.num_computed_tokens
-
-    @property
-    def is_complete(self) -> bool:
-        """Nothing is left to schedule: the tokens in flight make it as long as it may become."""
-        return len(self.token_ids) + self.num_in_flight >= self.max_total_tokens
 
     def end_reason(self) -> tuple[FinishReason, int | None] | None:
         """Whether the newest known token ends it: (reason, stop token). The stop token is None for end of sequence."""

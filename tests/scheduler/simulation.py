@@ -91,7 +91,7 @@ class SimulatedDevice:
         assert max(counts) <= self.config.chunk_tokens
         assert len({row.slot for row in rows}) == len(rows) <= self.config.max_num_seqs
         assert schedule.sampling_rows == tuple(row for row in rows if row.samples)
-        decodes = [row for row in rows if row.num_tokens == 1 and row.start >= row.sequence.num_prompt_tokens]
+        decodes = [r for r in rows if r.samples and r.num_tokens == 1 and r.start >= r.sequence.num_prompt_tokens]
         assert len(decodes) == schedule.num_decode_tokens
         for index, row in enumerate(rows):
             assert row.hidden_row == index or row.num_tokens == 0
