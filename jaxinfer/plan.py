@@ -62,9 +62,11 @@ class Plan:
     def describe(self) -> str:
         """The plan in a few lines, for the log."""
         lines = [
-            f"mesh {dict(self.mesh.shape)} of {self.mesh.devices.flat[0].platform}, {self.dtype.name}, "
-            f"max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
-            f"max_num_batched_tokens {self.max_num_batched_tokens}",
+            (
+                f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}, mesh {dict(self.mesh.shape)}, "
+                f"{self.dtype.name}, max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
+                f"max_num_batched_tokens {self.max_num_batched_tokens}"
+            ),
             f"KV cache {self.kv_cache_bytes / 2**20:.0f} MiB, pages of {self.page_size} tokens: "
             + "; ".join(
                 f"{pages} pages for {len(g.layers)} layers of {g.num_kv_heads} kv heads x {g.head_dim}"
@@ -119,7 +121,7 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
         num_pages=num_pages,
         layers=_layer_plans(model, groups, page_size, dtype, platform, config.attention_backend),
         token_buckets=buckets(max_num_batched_tokens),
-        sequence_buckets=tuple(2**i for i in range((max_num_seqs - 1).bit_length())) + (max_num_seqs,),
+        sequence_buckets=(*(2**i for i in range((max_num_seqs - 1).bit_length())), max_num_seqs),
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
     )

@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend[Cache], cache: Cache, *, context_len: int
     ) -> tuple[jax.Array, Cache]:
-        """tokens, positions int32 [T] -> the final hidden states [T, D], and the cache with this step's keys and values.
+        """tokens, positions int32 [T] -> final hidden states [T, D], and the cache with this step's keys and values.
 
         `context_len`: the longest sequence this program serves; see layers/rotary.py.
         """
