@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,65 +47,124 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse values outside their range: ValueError naming the value, the limit and the fix."""
-        _whole("n", self.n, 1, 1024)
-        _number("temperature", self.temperature, 0.0, 100.0)
-        _whole("top_k", self.top_k, -1)
-        _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("typical_p", self.typical_p, 0.0, 1.0, low_open=True)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
-        _number("presence_penalty", self.presence_penalty, -100.0, 100.0)
-        _number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
-        _whole("min_tokens", self.min_tokens, 0)
-        if self.max_tokens is not None:
-            _whole("max_tokens", self.max_tokens, 1)
-            if self.min_tokens > self.max_tokens:
-                raise ValueError(
-                    f"min_tokens={self.min_tokens} is greater than max_tokens={self.max_tokens}; lower min_tokens"
-                )
-        if self.seed is not None:
-            _whole("seed", self.seed, 0, 2**32 - 1)
-        for name in ("logprobs", "prompt_logprobs"):
+        """Refuse wrong types and values out of range or in contradiction: ValueError naming the value, limit and fix.
+
+        numpy's numbers are taken and stored as Python's; sequences are stored as tuples; `logit_bias` keys may be
+        digits in a string, as JSON has them.
+        """
+        self._store("n", _whole("n", self.n, 1, 1024))
+        self._store("temperature", _number("temperature", self.temperature, 0.0, 100.0))
+        self._store("top_k", max(0, _whole("top_k", self.top_k, -1)))
+        for name in ("top_p", "typical_p"):
+            self._store(name, _number(name, getattr(self, name), 0.0, 1.0, low_open=True))
+        self._store("min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        repetition_penalty = _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        self._store("repetition_penalty", repetition_penalty)
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._store(name, _number(name, getattr(self, name), -100.0, 100.0))
+        self._store("min_tokens", _whole("min_tokens", self.min_tokens, 0))
+        for name, low, high in (
+            ("max_tokens", 1, None),
+            ("seed", 0, 2**32 - 1),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
+        ):
+            if getattr(self, name) is not None:
+                self._store(name, _whole(name, getattr(self, name), low, high))
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             value = getattr(self, name)
-            if value is not None:
-                _whole(name, value, 0, MAX_LOGPROBS)
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+            if type(value).__name__ not in ("bool", "bool_"):
+                raise ValueError(f"{name}={value!r} must be True or False")
+            self._store(name, bool(value))
+        if self.stop is not None:
+            self._store("stop", (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop))
         for text in self.stop or ():
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop={text!r} must be a non-empty string; remove it")
         for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
-            ids = getattr(self, name)
-            if ids is not None:
-                for token_id in ids:
-                    _whole(f"{name} entry", token_id, 0)
-                object.__setattr__(self, name, tuple(ids))
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise ValueError("allowed_token_ids is empty, so no token could be chosen; list at least one or leave it out")
+            if getattr(self, name) is not None:
+                ids = _items(name, getattr(self, name))
+                self._store(name, tuple(_whole(f"{name} entry", token_id, 0) for token_id in ids))
         if self.logit_bias is not None:
-            for token_id, bias in self.logit_bias.items():
-                _whole("logit_bias key", token_id, 0)
-                _number("logit_bias value", bias, -100.0, 100.0)
+            self._store("logit_bias", _logit_bias(self.logit_bias))
+        self._refuse_contradictions()
+
+    def _store(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _refuse_contradictions(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is greater than max_tokens={self.max_tokens}; lower min_tokens"
+            )
+        if self.allowed_token_ids is None:
+            return
+        if not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids is empty, so no token could be chosen; list one at least")
+        if set(self.allowed_token_ids) <= set(self.banned_token_ids or ()):
+            raise ValueError("every one of allowed_token_ids is in banned_token_ids; allow a token that is not banned")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return tuple(self.stop or ())
 
 
-def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+def check_against_vocabulary(params: SamplingParams, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> None:
+    """Refuse what only the model's vocabulary shows to be wrong: ids beyond it, and settings that leave no token.
+
+    eos_token_ids: the model's own end tokens, which min_tokens suppresses together with `stop_token_ids`.
+    """
+    for name in ("logit_bias", "allowed_token_ids", "banned_token_ids", "stop_token_ids"):
+        largest = max(getattr(params, name) or (-1,))
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{name} holds token id {largest}, but the model's vocabulary has {vocab_size} tokens; "
+                f"use ids below {vocab_size}"
+            )
+    excluded = set(params.banned_token_ids or ())
+    if params.min_tokens:
+        excluded |= set(params.stop_token_ids or ()) | (set() if params.ignore_eos else set(eos_token_ids))
+    allowed = range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
+    if len(excluded) >= len(set(allowed)) and excluded.issuperset(allowed):
+        raise ValueError(
+            f"banned_token_ids, and the stop tokens that min_tokens={params.min_tokens} suppresses, leave none of the "
+            f"{len(set(allowed))} tokens that could be chosen; ban fewer, allow more or lower min_tokens"
+        )
+
+
+def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r} must be a finite number")
-    if not (low < value if low_open else low <= value) or value > high:
+    number = float(value)
+    if not (low < number if low_open else low <= number) or number > high:
         raise ValueError(f"{name}={value} is out of range; use a value in {'(' if low_open else '['}{low:g}, {high:g}]")
+    return number
 
 
-def _whole(name: str, value: object, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be a whole number")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name}={value} is out of range; use a value {limit}")
+        raise ValueError(f"{name}={number} is out of range; use a value {limit}")
+    return number
+
+
+def _items(name: str, value: object) -> tuple[object, ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise ValueError(f"{name}={value!r} must be a list")
+    return tuple(value)
+
+
+def _logit_bias(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"logit_bias={value!r} must map token ids to numbers")
+    biases = {}
+    for key, bias in value.items():
+        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        biases[_whole("logit_bias key", token_id, 0)] = _number("logit_bias value", bias, -100.0, 100.0)
+    return biases
 
 
 @dataclass(frozen=True)

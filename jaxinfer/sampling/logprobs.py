@@ -1,0 +1,46 @@
+"""Log-probabilities of the model's own distribution, of sampled tokens and of prompt tokens alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxinfer.types import MAX_LOGPROBS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms, of softmax(logits) before bias, penalties, temperature and filters.
+
+    logprob [S] float32 and rank [S] int32 (1 is the most probable; ties share a rank) of the given tokens;
+    top_token_ids [S, N] int32 and top_logprobs [S, N] float32, the N = min(MAX_LOGPROBS, V) best, best first.
+    """
+
+    logprob: jax.Array
+    rank: jax.Array
+    top_token_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+def score(logits: jax.Array, targets: jax.Array) -> TokenLogprobs:
+    """Logits [S, V] float32 and token ids [S] int32 -> their log-probabilities and the best tokens."""
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    rank = 1 + jnp.sum(logits > target_logits, axis=-1, dtype=jnp.int32)
+    top_logits, top_token_ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    return TokenLogprobs((target_logits - normaliser)[:, 0], rank, top_token_ids, top_logits - normaliser)
+
+
+def no_logprobs(num_rows: int, vocab_size: int) -> TokenLogprobs:
+    """Zeros in the shape of `score`'s answer, where nobody asked."""
+    best = (num_rows, min(MAX_LOGPROBS, vocab_size))
+    return TokenLogprobs(
+        jnp.zeros(num_rows, jnp.float32),
+        jnp.zeros(num_rows, jnp.int32),
+        jnp.zeros(best, jnp.int32),
+        jnp.zeros(best, jnp.float32),
+    )

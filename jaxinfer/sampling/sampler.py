@@ -1,0 +1,98 @@
+"""From logits to tokens, inside the compiled step: any mix of requests in one batch, one program a row bucket.
+
+The order of operations is the ecosystem's (vLLM's; typical-p, which it lacks, comes last as in transformers):
+
+    bias, allowed and banned tokens -> min_tokens -> repetition, frequency, presence penalties   (penalties.py)
+    -> greedy rows end here: argmax
+    -> temperature -> min-p -> top-k -> top-p -> typical-p                                       (filters.py)
+    -> draw
+
+The work a batch does not need is skipped inside the program (`lax.cond` on "any row wants it"): a greedy batch costs
+an argmax. Which branch runs never changes a row's result, so a request's tokens do not depend on its companions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxinfer.sampling import filters, groups, noise
+from jaxinfer.sampling.logprobs import TokenLogprobs, no_logprobs, score
+from jaxinfer.sampling.penalties import adjust
+from jaxinfer.sampling.rows import SamplingRows
+from jaxinfer.sampling.state import SamplerState
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampleOutput:
+    """token_ids [S] int32; invalid [S] bool: the row's logits held a NaN or +inf, or nothing but -inf, so its token is
+    0 and means nothing; logprobs: of the tokens, zeros unless some row of the batch asked."""
+
+    token_ids: jax.Array
+    invalid: jax.Array
+    logprobs: TokenLogprobs
+
+
+def sample(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple[SampleOutput, SamplerState]:
+    """One token a row. Pure: jit it, donate `state`.
+
+    logits [S, V] float32. -inf is a legal logit (probability 0). A row with non-finite values otherwise is reported in
+    `invalid` and touches no other row. Tokens and counts are recorded in the rows' slots; padding rows write to the
+    spare slot.
+    """
+    logits = logits.astype(jnp.float32)
+    token_ids, maximum = lax.cond(
+        jnp.any(rows.uses_dense_state),
+        lambda: _choose(adjust(logits, state, rows), rows),
+        lambda: _choose(logits, rows),
+    )
+    invalid = ~jnp.isfinite(maximum)
+    token_ids = jnp.where(invalid, 0, token_ids)
+    logprobs = lax.cond(
+        jnp.any(rows.wants_logprobs), lambda: score(logits, token_ids), lambda: no_logprobs(*logits.shape)
+    )
+    counted = (rows.uses_dense_state & ~invalid).astype(jnp.int32)
+    state = SamplerState(
+        last_tokens=state.last_tokens.at[rows.slot].set(token_ids),
+        counts=state.counts.at[rows.slot, token_ids].add(counted),
+        bias=state.bias,
+    )
+    return SampleOutput(token_ids, invalid, logprobs), state
+
+
+def _choose(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]:
+    """(token ids [S], the rows' largest logits [S])."""
+    maximum, best = groups.argmax(logits)
+    random = rows.temperature > 0
+    token_ids = lax.cond(jnp.any(random), lambda: jnp.where(random, _draw(logits, maximum, rows), best), lambda: best)
+    return token_ids, maximum
+
+
+def _draw(logits: jax.Array, maximum: jax.Array, rows: SamplingRows) -> jax.Array:
+    """A token [S] from softmax(logits / temperature), filtered.
+
+    An exponential race (the Gumbel-max trick: argmax of p_i / E_i is distributed as p) in two heats: between groups of
+    tokens with the groups' masses, then between the members of the winner. It needs random numbers for V / 32 + 32
+    contestants instead of V, and, like the plain race, gives the same token under small changes of the logits almost
+    always.
+    """
+    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
+    grouped = groups.group(logits, -jnp.inf)
+    distances = (maximum[:, None, None] - grouped) / temperature[:, None, None]
+    filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0) | (rows.typical_p < 1)
+    distances = lax.cond(
+        jnp.any(filtered),
+        lambda: filters.survivors(distances, rows.top_k, rows.top_p, rows.min_p, rows.typical_p),
+        lambda: distances,
+    )
+    masses = jnp.exp(-distances)
+    num_members, width = grouped.shape[1:]
+    race = noise.exponentials(rows.seed, rows.sample_index, rows.position, width + num_members)
+    group = groups.first_argmax(groups.fold(masses) / race[:, :width])[1]
+    members = jnp.take_along_axis(masses, group[:, None, None], axis=2)[:, :, 0]
+    member = groups.first_argmax(members / race[:, width:])[1]
+    return member * width + group
