@@ -1,0 +1,92 @@
+"""Ragged paged attention: the operation's contract and the table of backends that implement it.
+
+One call writes a layer's new keys and values into their pages and attends from every query of the flat batch to its own
+sequence. A backend is a module of functions; `choose_backend` picks one for a case, once, at start-up, with reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+
+from jaxinfer.ops import paged_attention_reference, paged_attention_xla
+from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
+
+__all__ = ["BACKENDS", "AttentionCase", "Backend", "RaggedBatch", "choose_backend"]
+
+
+class Run(Protocol):
+    """Attention of one layer.
+
+    q [T, N, H]; k and v [T, K, H], or None when the layer reads a pool that this step's keys and values are in already.
+    pool is the layer's, in the backend's layout; it is returned updated, in place where the caller donated it.
+    metadata is what `prepare` made of the same case, batch and group; sinks [N] when the case has them.
+    Returns ([T, N, H] in q's dtype, the pool); the values at padding tokens are finite and mean nothing.
+    """
+
+    def __call__(
+        self,
+        case: AttentionCase,
+        q: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
+        pool: Any,
+        batch: RaggedBatch,
+        group: int,
+        metadata: Any,
+        sinks: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation.
+
+    supports    None, or the reason why the backend cannot serve the case
+    pool_shape  shape of one layer's pool of keys and values: axis 0 is pages, the rest the backend's own layout
+    prepare     arrays derived from the batch and one KV group's table, once a step, for all layers of the case
+    run         the attention of one layer
+    """
+
+    name: str
+    supports: Callable[[AttentionCase], str | None]
+    pool_shape: Callable[[AttentionCase, int], tuple[int, ...]]
+    prepare: Callable[[AttentionCase, RaggedBatch, int], Any]
+    run: Run
+
+
+def _backend(name: str, module: Any) -> Backend:
+    return Backend(name, module.supports, module.pool_shape, module.prepare, module.run)
+
+
+# Best first; "xla" serves every case, so the search always ends. A Pallas kernel for a platform is a line above it.
+BACKENDS: tuple[Backend, ...] = (
+    _backend("xla", paged_attention_xla),
+    _backend("reference", paged_attention_reference),
+)
+
+
+def choose_backend(case: AttentionCase, forced: str | None = None) -> tuple[Backend, dict[str, str]]:
+    """The first backend that serves the case, or the forced one, and why those before it do not.
+
+    Raises ValueError for an unknown name, and for a forced backend that cannot serve the case.
+    """
+    if forced is not None:
+        backend = next((backend for backend in BACKENDS if backend.name == forced), None)
+        if backend is None:
+            names = ", ".join(backend.name for backend in BACKENDS)
+            raise ValueError(f"attention backend {forced!r} is unknown; choose one of: {names}")
+        reason = backend.supports(case)
+        if reason is not None:
+            raise ValueError(f"attention backend {forced!r} cannot serve this model: {reason}; leave it to be chosen")
+        return backend, {}
+    refusals: dict[str, str] = {}
+    for backend in BACKENDS:
+        reason = backend.supports(case)
+        if reason is None:
+            return backend, refusals
+        refusals[backend.name] = reason
+    raise ValueError(f"no attention backend serves {case}: {refusals}")

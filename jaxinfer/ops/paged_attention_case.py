@@ -1,0 +1,55 @@
+"""What a paged attention is asked for: the static case and the ragged batch. Backends and their table share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """All that is static about one kind of layer's attention.
+
+    window: a query at i sees keys j with i - window < j <= i; None: all j <= i.
+    soft_cap: logits become soft_cap * tanh(logits / soft_cap).
+    dtype: name of the dtype of keys and values in the pool.
+    has_sinks: every head has one more logit in its softmax, which mixes in nothing.
+    platform: "cpu", "gpu" or "tpu".
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    window: int | None
+    soft_cap: float | None
+    scale: float
+    dtype: str
+    has_sinks: bool
+    platform: str
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one kv head."""
+        return self.num_heads // self.num_kv_heads
+
+
+class RaggedBatch(Protocol):
+    """The fields of the device batch that attention reads; see runner/batch.py for their meaning."""
+
+    @property
+    def positions(self) -> jax.Array: ...
+    @property
+    def sequence_ids(self) -> jax.Array: ...
+    @property
+    def query_start(self) -> jax.Array: ...
+    @property
+    def kv_len(self) -> jax.Array: ...
+    @property
+    def page_tables(self) -> tuple[jax.Array, ...]: ...
+    @property
+    def num_tokens(self) -> jax.Array: ...
+    @property
+    def num_sequences(self) -> jax.Array: ...

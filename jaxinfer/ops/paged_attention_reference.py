@@ -1,0 +1,46 @@
+"""Paged attention by the reference: gathers every table in full, in float32. For tests and for doubting the others."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
+from pallas_kernels.paged_attention.reference import paged_attention
+
+
+def supports(case: AttentionCase) -> str | None:
+    return None
+
+
+def pool_shape(case: AttentionCase, num_pages: int) -> tuple[int, ...]:
+    return (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim)
+
+
+def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> None:
+    return None
+
+
+def run(
+    case: AttentionCase,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    pool: jax.Array,
+    batch: RaggedBatch,
+    group: int,
+    metadata: None,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    return paged_attention(
+        q,
+        k,
+        v,
+        pool,
+        batch.page_tables[group],
+        batch.query_start,
+        batch.kv_len,
+        scale=case.scale,
+        window=case.window,
+        soft_cap=case.soft_cap,
+        sinks=sinks,
+    )

@@ -1,0 +1,74 @@
+"""Ragged paged attention in plain jnp, float32, gathering everything: slow, and the oracle for every faster backend."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    pool: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    kv_len: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Write k and v into their pages, then let every query see its sequence's keys up to its own position.
+
+    q            [T, N, H]; the queries of row s are tokens query_start[s] to query_start[s + 1], the newest of its kv_len[s]
+    k, v         [T, K, H], or None when the pool holds this step's keys and values already
+    pool         [pages, 2, K, B, H], keys at [:, 0] and values at [:, 1]; page 0 takes the writes of padding tokens
+    page_table   int32 [S, P]; logical page j of row s is page_table[s, j % P], so a window's table may be a ring
+    query_start  int32 [S + 1]; kv_len int32 [S]
+    window       a query at i sees keys j with i - window < j <= i; None: all j <= i
+    soft_cap     logits become soft_cap * tanh(logits / soft_cap)
+    sinks        [N] logits that take part in the softmax and mix in nothing
+
+    Returns the mixed values [T, N, H] in q's dtype, zero for padding tokens, and the pool.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_sequences, table_width = page_table.shape
+    _, _, num_kv_heads, page_size, _ = pool.shape
+    tokens = jnp.arange(num_tokens)
+    real = tokens < query_start[-1]
+    row = jnp.minimum(jnp.searchsorted(query_start[1:], tokens, side="right"), num_sequences - 1)
+    position = kv_len[row] - query_start[row + 1] + tokens
+
+    if k is not None and v is not None:
+        page = jnp.where(real, page_table[row, position // page_size % table_width], 0)
+        pool = pool.at[page, :, :, position % page_size].set(jnp.stack([k, v], axis=1).astype(pool.dtype))
+
+    # Each slot of a table holds the newest position that falls on it, which is past the end only in the last page.
+    column = jnp.arange(table_width)
+    last_page = (kv_len[:, None] - 1) // page_size
+    logical_page = last_page - (last_page - column) % table_width
+    key_position = (logical_page[:, :, None] * page_size + jnp.arange(page_size)).reshape(num_sequences, -1)
+    written = (key_position >= 0) & (key_position < kv_len[:, None])
+    gathered = pool[page_table].astype(jnp.float32).transpose(0, 2, 3, 1, 4, 5)  # [S, 2, K, P, B, H]
+    gathered = gathered.reshape(num_sequences, 2, num_kv_heads, -1, head_dim)
+    gathered = jnp.where(written[:, None, None, :, None], gathered, 0.0)[row]
+    keys, values = gathered[:, 0], gathered[:, 1]
+
+    grouped = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    logits = jnp.einsum("tkgh,tkjh->tkgj", grouped, keys, precision="highest") * scale
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    seen = written[row] & (key_position[row] <= position[:, None])
+    if window is not None:
+        seen &= key_position[row] > position[:, None] - window
+    logits = jnp.where((seen & real[:, None])[:, None, None], logits, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1), (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, sink], axis=-1)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    weights /= jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    out = jnp.einsum("tkgj,tkjh->tkgh", weights[..., : keys.shape[2]], values, precision="highest")
+    return out.reshape(q.shape).astype(q.dtype), pool

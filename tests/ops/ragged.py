@@ -1,0 +1,120 @@
+"""Ragged batches for the attention tests, and an oracle in float64 numpy that shares nothing with the backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.ops.paged_attention import AttentionCase
+from jaxinfer.runner.batch import DeviceBatch
+
+
+def make_case(**changes: object) -> AttentionCase:
+    fields = {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "page_size": 4,
+        "window": None,
+        "soft_cap": None,
+        "scale": 0.3,
+        "dtype": "float32",
+        "has_sinks": False,
+        "platform": "cpu",
+    }
+    return AttentionCase(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@dataclass
+class Ragged:
+    """Sequences of cached tokens plus new ones, decodes first, laid out in a shuffled pool full of NaN.
+
+    lengths [(cached, new)]; num_tokens and num_sequences are the padded T and S; table_width None: no ring.
+    """
+
+    case: AttentionCase
+    lengths: list[tuple[int, int]]
+    num_tokens: int
+    num_sequences: int
+    table_width: int | None = None
+    seed: int = 0
+    keys: list[np.ndarray] = field(init=False)
+    values: list[np.ndarray] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        case, page = self.case, self.case.page_size
+        shape = (case.num_kv_heads, case.head_dim)
+        self.keys = [rng.normal(size=(c + n, *shape)).astype(np.float32) for c, n in self.lengths]
+        self.values = [rng.normal(size=(c + n, *shape)).astype(np.float32) for c, n in self.lengths]
+        self.queries = [rng.normal(size=(n, case.num_heads, case.head_dim)).astype(np.float32) for _, n in self.lengths]
+        self.sinks = rng.normal(size=case.num_heads).astype(np.float32) if case.has_sinks else None
+        pages_needed = [-(-(c + n) // page) for c, n in self.lengths]
+        width = self.table_width or max([*pages_needed, 1]) + int(rng.integers(3))
+        held = [min(needed, width) for needed in pages_needed]
+        self.num_pages = 1 + sum(held) + 3
+        free = list(rng.permutation(np.arange(1, self.num_pages)))
+        table = np.zeros((self.num_sequences, width), np.int32)
+        self.pool = np.full((self.num_pages, 2, case.num_kv_heads, page, case.head_dim), np.nan, np.float32)
+        tokens: list[tuple[int, int]] = []
+        for row, ((cached, new), n) in enumerate(zip(self.lengths, held, strict=True)):
+            table[row, :n] = [free.pop() for _ in range(n)]
+            for position in range(cached):
+                slot = table[row, position // page % width]
+                self.pool[slot, 0, :, position % page] = self.keys[row][position]
+                self.pool[slot, 1, :, position % page] = self.values[row][position]
+            tokens += [(row, cached + i) for i in range(new)]
+        real, padding = len(tokens), self.num_tokens - len(tokens)
+        starts = np.cumsum([0, *(n for _, n in self.lengths)])
+        pad_rows = self.num_sequences - len(self.lengths)
+        self.batch = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, jnp.int32),
+            DeviceBatch(
+                tokens=np.zeros(self.num_tokens),
+                token_slots=np.full(self.num_tokens, -1),
+                positions=np.array([p for _, p in tokens] + [0] * padding),
+                sequence_ids=np.array([s for s, _ in tokens] + [self.num_sequences] * padding),
+                query_start=np.concatenate([starts, np.full(pad_rows, real)]),
+                kv_len=np.array([c + n for c, n in self.lengths] + [0] * pad_rows),
+                page_tables=(table,),
+                logits_tokens=np.zeros(self.num_sequences),
+                num_tokens=np.array(real),
+                num_sequences=np.array(len(self.lengths)),
+            ),
+        )
+
+    def flat(self, parts: list[np.ndarray], fill: float = np.nan) -> np.ndarray:
+        """Rows of new tokens, flat, padded with `fill` to T."""
+        joined = np.concatenate(parts)
+        return np.concatenate([joined, np.full((self.num_tokens - len(joined), *joined.shape[1:]), fill, np.float32)])
+
+    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """q, k, v of this step's tokens."""
+        new = [n for _, n in self.lengths]
+        keys = [k[len(k) - n :] for k, n in zip(self.keys, new, strict=True)]
+        values = [v[len(v) - n :] for v, n in zip(self.values, new, strict=True)]
+        return self.flat(self.queries), self.flat(keys), self.flat(values)
+
+    def expected(self) -> np.ndarray:
+        """Attention of every real token, [num real, N, H], one query and one head at a time, in float64."""
+        case, rows = self.case, []
+        for (cached, new), keys, values, queries in zip(
+            self.lengths, self.keys, self.values, self.queries, strict=True
+        ):
+            for i in range(new):
+                position = cached + i
+                first = 0 if case.window is None else max(0, position - case.window + 1)
+                heads = []
+                for head in range(case.num_heads):
+                    kv_head = head * case.num_kv_heads // case.num_heads
+                    logits = keys[first : position + 1, kv_head].astype(np.float64) @ queries[i, head] * case.scale
+                    if case.soft_cap is not None:
+                        logits = case.soft_cap * np.tanh(logits / case.soft_cap)
+                    extra = 0.0 if self.sinks is None else np.exp(np.float64(self.sinks[head]) - logits.max())
+                    weights = np.exp(logits - logits.max())
+                    heads.append(weights / (weights.sum() + extra) @ values[first : position + 1, kv_head])
+                rows.append(heads)
+        return np.array(rows).reshape(-1, case.num_heads, case.head_dim)
