@@ -52,7 +52,7 @@ _HARMLESS = frozenset(
 
 
 def load_direct(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]] | None:
-    """The tokenizer of `tokenizer.json` and the parsed tokenizer_config.json, or None where transformers must load it."""
+    """The tokenizer of tokenizer.json and the parsed tokenizer_config.json, or None: then transformers must load it."""
     settings = _read_object(directory / TOKENIZER_CONFIG_FILE)
     config = _read_object(directory / "config.json")
     if settings is None or config is None or not (directory / TOKENIZER_FILE).is_file():
