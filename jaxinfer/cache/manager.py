@@ -50,7 +50,10 @@ class SequencePages:
 
 @dataclass(frozen=True)
 class KVUsage:
-    """Pages summed over groups (page 0 not counted). `waste` is the share of held positions that hold no token."""
+    """Pages summed over groups, page 0 not counted; `peak_held` sums the groups' own peaks.
+
+    waste: the share of held positions that no token has been scheduled to fill.
+    """
 
     num_pages: int
     num_held: int
@@ -132,11 +135,11 @@ class KVCacheManager:
         return longest_prefix(self.pools, self.windows, page_hashes[:limit], self.page_size) * self.page_size
 
     def open(
-        self, slot: int, page_hashes: Sequence[bytes], num_cached: int, num_tokens: int, reserve: Sequence[int] | None
+        self, slot: int, page_hashes: Sequence[bytes], num_cached: int, num_tokens: int, reserve: Sequence[int]
     ) -> SequencePages | None:
         """Seat a sequence in a free row, sharing the pages of its first `num_cached` tokens (from `match_prefix`).
 
-        None when its `num_tokens` tokens would not leave `reserve[group]` pages available; reserve None asks nothing.
+        None when its `num_tokens` tokens would not leave `reserve[group]` pages available.
         """
         num_pages = num_cached // self.page_size
         first = [first_page_in_window(window, num_cached, self.page_size) for window in self.windows]
@@ -146,12 +149,11 @@ class KVCacheManager:
             matched.append([page for page in found if page is not None])
             assert len(matched[-1]) == len(found)
         sequence = SequencePages(slot, num_pages, num_cached, num_pages, first, matched)
-        if reserve is not None:
-            grown = self.growth(sequence, num_tokens)
-            for pool, pages, more, spare in zip(self.pools, matched, grown, reserve, strict=True):
-                revived = sum(pool.ref_counts[page] == 0 for page in pages)
-                if revived + more + spare > pool.num_available:
-                    return None
+        grown = self.growth(sequence, num_tokens)
+        for pool, pages, more, spare in zip(self.pools, matched, grown, reserve, strict=True):
+            revived = sum(pool.ref_counts[page] == 0 for page in pages)
+            if revived + more + spare > pool.num_available:
+                return None
         self._seat(sequence)
         return sequence
 

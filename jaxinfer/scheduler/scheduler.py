@@ -270,10 +270,9 @@ class Scheduler:
         pages = None
         while pages is None:
             if self._free_slots:
-                # Every running sequence keeps a page to grow into. A sequence on its own always fits, if need be in
-                # smaller chunks.
-                spare = [len(self._running) + pages_left for pages_left in step.promised] if self._running else None
-                pages = manager.open(self._free_slots[-1], head.page_hashes, num_cached, num_known, spare)
+                # Every running sequence keeps a page to grow into; one that is alone always fits.
+                reserve = [len(self._running) + pages_left for pages_left in step.promised]
+                pages = manager.open(self._free_slots[-1], head.page_hashes, num_cached, num_known, reserve)
             if pages is None:
                 if not self._running or self._running[-1].priority <= head.priority:
                     self._blocked = (head, manager.num_freed) if self._free_slots else None
@@ -384,7 +383,8 @@ class Scheduler:
 
         Sequences that end are finished here. Rows of sequences that had ended before are left out of the answer.
         """
-        assert self._in_flight.popleft() is schedule, "steps are committed in the order in which they were scheduled"
+        oldest = self._in_flight.popleft()
+        assert oldest is schedule, "steps are committed in the order in which they were scheduled"
         updates = []
         page_size = self.manager.page_size
         tokens = np.asarray(token_ids).tolist()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 from zlib import crc32
 
@@ -24,26 +23,36 @@ VOCAB = 8
 EOS = 7
 
 
-@cache
-def prefix_hash(tokens: tuple[int, ...], salt: str) -> int:
-    return hash((prefix_hash(tokens[:-1], salt), tokens[-1])) if tokens else crc32(salt.encode())
+class Text:
+    """Tokens, and after each of them the hash of all so far."""
 
+    def __init__(self, tokens: list[int], salt: str) -> None:
+        self.tokens: list[int] = []
+        self.hashes: list[int] = []
+        self._start = crc32(salt.encode())
+        for token in tokens:
+            self.append(token)
 
-def next_token(tokens: tuple[int, ...], salt: str, sample_index: int) -> int:
-    return hash((prefix_hash(tokens, salt), sample_index)) % 1009 % VOCAB
+    def append(self, token: int) -> None:
+        self.hashes.append(hash((self.hashes[-1] if self.hashes else self._start, token)))
+        self.tokens.append(token)
+
+    def next_token(self, sample_index: int) -> int:
+        return hash((self.hashes[-1], sample_index)) % 1009 % VOCAB
 
 
 def expected_tokens(sequence: Sequence, max_total: int) -> tuple[list[int], str]:
     """What the sequence must become when nothing disturbs it, and why it ends."""
-    tokens = list(sequence.token_ids[: sequence.num_prompt_tokens])
+    text = Text(sequence.token_ids[: sequence.num_prompt_tokens], sequence.cache_salt)
     params = sequence.params
+    stops = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else set(sequence.eos_token_ids))
     while True:
-        tokens.append(next_token(tuple(tokens), sequence.cache_salt, sequence.sample_index))
-        stops = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else set(sequence.eos_token_ids))
-        if tokens[-1] in stops and len(tokens) - sequence.num_prompt_tokens >= params.min_tokens:
-            return tokens, "stop"
-        if len(tokens) == max_total:
-            return tokens, "length"
+        text.append(text.next_token(sequence.sample_index))
+        num_outputs = len(text.tokens) - sequence.num_prompt_tokens
+        if text.tokens[-1] in stops and num_outputs >= params.min_tokens:
+            return text.tokens, "stop"
+        if len(text.tokens) == max_total:
+            return text.tokens, "length"
 
 
 class SimulatedDevice:
@@ -54,7 +63,7 @@ class SimulatedDevice:
         size = manager.page_size
         self.pages: list[list[list[int | None]]] = [[[None] * size for _ in pool.ref_counts] for pool in manager.pools]
         self.last_token: list[int | None] = [None] * config.max_num_seqs
-        self.truth: dict[Sequence, list[int]] = {}
+        self.truth: dict[Sequence, Text] = {}
         self.computed: dict[Sequence, int] = {}  # positions written since the sequence got its slot
         self.num_computed = 0
 
@@ -72,10 +81,11 @@ class SimulatedDevice:
         sampled = {}
         for row in schedule.sampling_rows:
             sequence, donor = row.sequence, schedule.rows[row.hidden_row]
-            tokens = self.truth[sequence]
-            assert len(tokens) == row.start + row.num_tokens, "a position is sampled twice or out of order"
-            assert self.truth[donor.sequence][: donor.start + donor.num_tokens] == tokens, "forked from another prefix"
-            sampled[row.slot] = next_token(tuple(tokens), sequence.cache_salt, sequence.sample_index)
+            text = self.truth[sequence]
+            assert len(text.tokens) == row.start + row.num_tokens, "a position is sampled twice or out of order"
+            seen = self.truth[donor.sequence].hashes[donor.start + donor.num_tokens - 1]
+            assert seen == text.hashes[-1], "forked from another prefix"
+            sampled[row.slot] = text.next_token(sequence.sample_index)
         for row in schedule.sampling_rows:
             self.truth[row.sequence].append(sampled[row.slot])
             self.last_token[row.slot] = sampled[row.slot]
@@ -99,7 +109,8 @@ class SimulatedDevice:
 
     def _write(self, row: Any) -> None:
         sequence, end = row.sequence, row.start + row.num_tokens
-        tokens = self.truth.setdefault(sequence, list(sequence.token_ids))
+        text = self.truth.setdefault(sequence, Text(sequence.token_ids, sequence.cache_salt))
+        tokens = text.tokens
         if row.is_new:
             if row.num_tokens:
                 assert row.start % self.manager.page_size == 0
@@ -119,19 +130,18 @@ class SimulatedDevice:
         assert row.samples == (end == len(tokens))
         for group, (table, width) in enumerate(zip(self.manager.tables, self.manager.table_widths, strict=True)):
             for position in range(row.start, end):
-                page = table[row.slot, position // self.manager.page_size % width]
+                page = int(table[row.slot, position // self.manager.page_size % width])
                 assert page != 0
-                value = prefix_hash(tuple(tokens[: position + 1]), sequence.cache_salt)
-                self.pages[group][page][position % self.manager.page_size] = value
+                self.pages[group][page][position % self.manager.page_size] = text.hashes[position]
 
     def _attend(self, row: Any) -> None:
         sequence, end, size = row.sequence, row.start + row.num_tokens, self.manager.page_size
-        tokens = self.truth[sequence]
+        text = self.truth[sequence]
         for group, (table, window) in enumerate(zip(self.manager.tables, self.manager.windows, strict=True)):
-            width = self.manager.table_widths[group]
+            pages, columns = self.pages[group], table[row.slot].tolist()
             for position in range(0 if window is None else max(0, row.start - window + 1), end):
-                value = self.pages[group][table[row.slot, position // size % width]][position % size]
-                assert value == prefix_hash(tuple(tokens[: position + 1]), sequence.cache_salt), (
+                value = pages[columns[position // size % len(columns)]][position % size]
+                assert value == text.hashes[position], (
                     f"{sequence.request_id}/{sequence.sample_index}: position {position} is not there (group {group})"
                 )
 
@@ -211,7 +221,7 @@ class SimulatedEngine:
         for update in self.scheduler.commit(schedule, tokens):
             sequence = update.sequence
             assert update.token_id == sequence.token_ids[-1]
-            assert sequence.token_ids == self.device.truth[sequence][: len(sequence.token_ids)]
+            assert sequence.token_ids == self.device.truth[sequence].tokens[: len(sequence.token_ids)]
             assert (update.finish_reason is not None) == (sequence.status is Status.FINISHED)
         self.collect()
 
@@ -227,7 +237,7 @@ class SimulatedEngine:
         self.in_flight.clear()
         self.scheduler.reset_cache()
         for sequence in self.device.truth:
-            self.device.truth[sequence] = list(sequence.token_ids)
+            self.device.truth[sequence] = Text(sequence.token_ids, sequence.cache_salt)
 
     def drain(self, max_steps: int = 3000) -> None:
         """Run to the end. Fails when the scheduler stops making progress."""

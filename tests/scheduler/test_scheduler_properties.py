@@ -96,12 +96,12 @@ class AnyInterleaving(RuleBasedStateMachine):
 
 
 AnyInterleaving.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestAnyInterleaving = AnyInterleaving.TestCase
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     setup=setups(),
     requests=st.lists(st.tuples(prompts.filter(bool), st.integers(1, 3), max_tokens, st.integers(0, 1)), max_size=8),
