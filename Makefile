@@ -33,7 +33,7 @@ $(VENV)/installed-%: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"error: $(PYTHON) is Python {v}; use 3.11 or newer: make PYTHON=...")'
 	@echo "installing into $(VENV) with $$($(PYTHON) --version); the first time takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$*]'
 	@touch $@
 
 clean:

@@ -20,17 +20,21 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from jaxinfer.batchjob.job import Engine, Job, JobCounts, JobSettings
+from jaxinfer.batchjob.job import Job, JobCounts, JobSettings
 from jaxinfer.batchjob.lines import InputFile, JobError
 from jaxinfer.batchjob.results import Mode, ResultsFile
 from jaxinfer.config import EngineConfig
 from jaxinfer.flags import OneLineParser, add_engine_flags, add_sampling_flags, engine_config, sampling_defaults
 from jaxinfer.metrics import format_seconds, format_table
 
+if TYPE_CHECKING:
+    from jaxinfer.engine import Engine
+
 ALL_ANSWERED, SOME_FAILED, NOT_FINISHED, DEFECT, INTERRUPTED, TERMINATED, NO_READER = 0, 1, 2, 3, 130, 143, 141
 
-OpenEngine = Callable[[EngineConfig], Engine]
+OpenEngine = Callable[[EngineConfig], "Engine"]
 
 
 class Terminated(KeyboardInterrupt):

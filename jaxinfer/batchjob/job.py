@@ -5,47 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from jaxinfer.batchjob.lines import InputFile
 from jaxinfer.batchjob.records import failure_record, result_record
 from jaxinfer.batchjob.requests import Failure, Work, read_work
 from jaxinfer.batchjob.results import ResultsFile
-from jaxinfer.metrics import EngineStats
 from jaxinfer.types import Request, RequestOutput
 
-
-class Tokenizer(Protocol):
-    def encode(self, text: str) -> Sequence[int]: ...
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> Sequence[int]: ...
-
-
-class Plan(Protocol):
-    @property
-    def max_num_seqs(self) -> int: ...
-
-
-class Engine(Protocol):
-    """What the job needs of an engine."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def plan(self) -> Plan: ...
-
-    def add_request(self, request: Request) -> None: ...
-
-    def abort(self, request_id: str) -> RequestOutput | None: ...
-
-    def step(self) -> list[RequestOutput]: ...
-
-    def has_unfinished(self) -> bool: ...
-
-    def stats(self) -> EngineStats: ...
+if TYPE_CHECKING:
+    from jaxinfer.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -131,13 +100,13 @@ class Job:
             self._open[request.request_id] = opened
 
     def _requests(self, work: Work) -> list[Request]:
-        tokenizer = self._engine.tokenizer
+        # A model without a tokenizer serves token ids, so it is asked for only where there is text.
+        prompts: list[tuple[str | None, Sequence[int]]] = [
+            (prompt, self._engine.tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, prompt)
+            for prompt in work.prompts
+        ]
         if work.kind == "chat":
-            prompts: list[tuple[str | None, Sequence[int]]] = [
-                (None, tokenizer.apply_chat_template(work.messages, **work.template_arguments))
-            ]
-        else:
-            prompts = [(p, tokenizer.encode(p)) if isinstance(p, str) else (None, p) for p in work.prompts]
+            prompts.append((None, self._engine.tokenizer.apply_chat_template(work.messages, **work.template_arguments)))
         return [
             Request(
                 request_id=f"{work.line.number}.{index}",
@@ -166,7 +135,6 @@ class Job:
             outputs,
             model=self._settings.model_name,
             created=int(time.time()),
-            decode=lambda token_id: self._engine.tokenizer.decode([token_id]),
         )
         self._results.write(record)
         self.counts.num_done += 1

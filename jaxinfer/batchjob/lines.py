@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -86,7 +87,12 @@ class InputFile:
 def parse_object(data: bytes) -> dict[str, Any]:
     """The JSON object in a line. LineError naming what is wrong."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
     except UnicodeDecodeError as error:
         raise LineError(f"not UTF-8 at byte {error.start}; save the input as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -107,6 +113,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise LineError(f"the key {twice!r} is there twice; give each key once")
     return result
+
+
+def _finite(text: str) -> float:
+    """JSON has no NaN and no infinity; Python reads them all the same, and a record could not repeat them."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise LineError(f"{text} is not a finite number; correct it")
+    return value
 
 
 def _kind(value: object) -> str:

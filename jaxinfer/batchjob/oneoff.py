@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from jaxinfer.batchjob.job import Engine
 from jaxinfer.batchjob.lines import JobError
 from jaxinfer.batchjob.requests import line_seed
 from jaxinfer.metrics import format_seconds
 from jaxinfer.types import Request, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxinfer.engine import Engine
 
 MAX_TOKENS = 256
 

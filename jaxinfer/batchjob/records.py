@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxinfer.batchjob.requests import Failure, Work
 from jaxinfer.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-
-Decode = Callable[[int], str]
 
 _RECORD_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]+)")
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for a token that could not have been chosen
@@ -55,18 +53,16 @@ def failure_record(failure: Failure) -> dict[str, Any]:
     return {**_plain_head(failure), "error": {"message": message, "type": kind}}
 
 
-def result_record(
-    work: Work, outputs: Sequence[RequestOutput], *, model: str, created: int, decode: Decode
-) -> dict[str, Any]:
+def result_record(work: Work, outputs: Sequence[RequestOutput], *, model: str, created: int) -> dict[str, Any]:
     """The finished line. `outputs`: one for each prompt of the line. `created`: Unix time in seconds."""
     if work.kind == "plain":
-        return _plain(work, outputs[0], decode)
+        return _plain(work, outputs[0])
     completions = [completion for output in outputs for completion in output.outputs]
     if work.kind == "chat":
         num_top = work.sampling_params.logprobs or 0
-        choices = [_chat_choice(index, part, num_top, decode) for index, part in enumerate(completions)]
+        choices = [_chat_choice(index, part, num_top) for index, part in enumerate(completions)]
     else:
-        choices = [_completion_choice(index, part, decode) for index, part in enumerate(completions)]
+        choices = [_completion_choice(index, part) for index, part in enumerate(completions)]
     body = {
         "id": f"{'chatcmpl' if work.kind == 'chat' else 'cmpl'}-{work.line.number}-{work.line.digest}",
         "object": "chat.completion" if work.kind == "chat" else "text_completion",
@@ -83,21 +79,21 @@ def _plain_head(item: Work | Failure) -> dict[str, Any]:
     return {**head, "id": item.user_id} if item.has_id else head
 
 
-def _plain(work: Work, output: RequestOutput, decode: Decode) -> dict[str, Any]:
+def _plain(work: Work, output: RequestOutput) -> dict[str, Any]:
     prompt = work.prompts[0]
     record = {
         **_plain_head(work),
         "prompt": prompt if isinstance(prompt, str) else list(prompt),
-        "outputs": [_plain_output(completion, decode) for completion in output.outputs],
+        "outputs": [_plain_output(completion) for completion in output.outputs],
         "usage": _usage([output]),
         "metrics": _plain_metrics(output.metrics),
     }
     if output.prompt_logprobs is not None:
-        record["prompt_logprobs"] = [None if at is None else _entries(at, decode) for at in output.prompt_logprobs]
+        record["prompt_logprobs"] = [None if at is None else _entries(at) for at in output.prompt_logprobs]
     return record
 
 
-def _plain_output(completion: CompletionOutput, decode: Decode) -> dict[str, Any]:
+def _plain_output(completion: CompletionOutput) -> dict[str, Any]:
     result = {
         "text": completion.text,
         "token_ids": list(completion.token_ids),
@@ -105,7 +101,7 @@ def _plain_output(completion: CompletionOutput, decode: Decode) -> dict[str, Any
         "stop_reason": completion.stop_reason,
     }
     if completion.logprobs is not None:
-        result["logprobs"] = [_entries(at, decode) for at in completion.logprobs]
+        result["logprobs"] = [_entries(at) for at in completion.logprobs]
     return result
 
 
@@ -120,9 +116,9 @@ def _plain_metrics(metrics: RequestMetrics) -> dict[str, Any]:
     }
 
 
-def _entries(at: Mapping[int, Logprob], decode: Decode) -> list[dict[str, Any]]:
+def _entries(at: Mapping[int, Logprob]) -> list[dict[str, Any]]:
     return [
-        {"token_id": token_id, "token": _text(token_id, entry, decode), "logprob": _finite(entry), "rank": entry.rank}
+        {"token_id": token_id, "token": _text(token_id, entry), "logprob": _finite(entry), "rank": entry.rank}
         for token_id, entry in at.items()
     ]
 
@@ -137,18 +133,18 @@ def _batch_response(item: Work | Failure, status_code: int, body: dict[str, Any]
     }
 
 
-def _completion_choice(index: int, completion: CompletionOutput, decode: Decode) -> dict[str, Any]:
+def _completion_choice(index: int, completion: CompletionOutput) -> dict[str, Any]:
     logprobs = None
     if completion.logprobs is not None:
         chosen = list(zip(completion.token_ids, completion.logprobs, strict=True))
-        tokens = [_text(token_id, at[token_id], decode) for token_id, at in chosen]
+        tokens = [_text(token_id, at[token_id]) for token_id, at in chosen]
         starts = [0]
         for token in tokens:
             starts.append(starts[-1] + len(token))
         logprobs = {
             "tokens": tokens,
             "token_logprobs": [_finite(at[token_id]) for token_id, at in chosen],
-            "top_logprobs": [{_text(i, entry, decode): _finite(entry) for i, entry in at.items()} for _, at in chosen],
+            "top_logprobs": [{_text(i, entry): _finite(entry) for i, entry in at.items()} for _, at in chosen],
             "text_offset": starts[:-1],
         }
     return {
@@ -159,15 +155,15 @@ def _completion_choice(index: int, completion: CompletionOutput, decode: Decode)
     }
 
 
-def _chat_choice(index: int, completion: CompletionOutput, num_top: int, decode: Decode) -> dict[str, Any]:
+def _chat_choice(index: int, completion: CompletionOutput, num_top: int) -> dict[str, Any]:
     logprobs = None
     if completion.logprobs is not None:
         content = []
         for token_id, at in zip(completion.token_ids, completion.logprobs, strict=True):
             # The chosen token's entry is always there; among the top ones it is only if it is one of them.
             best = sorted((item for item in at.items() if (item[1].rank or 0) <= num_top), key=_rank)
-            top = [_chat_logprob(i, entry, decode) for i, entry in best]
-            content.append({**_chat_logprob(token_id, at[token_id], decode), "top_logprobs": top})
+            top = [_chat_logprob(i, entry) for i, entry in best]
+            content.append({**_chat_logprob(token_id, at[token_id]), "top_logprobs": top})
         logprobs = {"content": content, "refusal": None}
     return {
         "index": index,
@@ -177,8 +173,8 @@ def _chat_choice(index: int, completion: CompletionOutput, num_top: int, decode:
     }
 
 
-def _chat_logprob(token_id: int, entry: Logprob, decode: Decode) -> dict[str, Any]:
-    token = _text(token_id, entry, decode)
+def _chat_logprob(token_id: int, entry: Logprob) -> dict[str, Any]:
+    token = _text(token_id, entry)
     return {"token": token, "logprob": _finite(entry), "bytes": list(token.encode("utf-8"))}
 
 
@@ -197,8 +193,9 @@ def _usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     }
 
 
-def _text(token_id: int, entry: Logprob, decode: Decode) -> str:
-    return decode(token_id) if entry.decoded_token is None else entry.decoded_token
+def _text(token_id: int, entry: Logprob) -> str:
+    """A token's text; a model without a tokenizer has none."""
+    return f"token_id:{token_id}" if entry.decoded_token is None else entry.decoded_token
 
 
 def _finite(entry: Logprob) -> float:

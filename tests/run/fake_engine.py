@@ -95,8 +95,8 @@ class FakeEngine:
             completion.text += chr(token_id)
             if completion.logprobs is not None:
                 num_top = request.sampling_params.logprobs or 0
-                others = {i: Logprob(-float(i) - 0.5, i + 1, chr(i)) for i in range(num_top)}
-                completion.logprobs.append({token_id: Logprob(float("-inf"), 400, None), **others})
+                others = {i: Logprob(-float(i) - 0.5, i + 1, chr(i) if i else None) for i in range(num_top)}
+                completion.logprobs.append({token_id: Logprob(float("-inf"), 400, chr(token_id)), **others})
             if len(completion.token_ids) == len(future):
                 completion.finish_reason = "length"
         self._metrics.tokens_given(len(futures))

@@ -78,8 +78,9 @@ def test_plain_lines(command: Command, capsys: pytest.CaptureFixture[str]) -> No
     chosen, *best = second["outputs"][0]["logprobs"][0]
     assert chosen["token_id"] == second["outputs"][0]["token_ids"][0]
     assert chosen["logprob"] == -9999.0  # the fake's is minus infinity, which JSON cannot write
-    assert chosen["token"] == chr(chosen["token_id"])  # decoded here: the engine gave no text
+    assert chosen["token"] == chr(chosen["token_id"])
     assert [entry["rank"] for entry in best] == [1, 2]
+    assert [entry["token"] for entry in best] == ["token_id:0", chr(1)]  # the fake has no text for 0
     table = capsys.readouterr().err
     assert "output tokens        22" in table
     assert "2 lines answered" in table
@@ -108,7 +109,7 @@ def test_openai_lines(command: Command) -> None:
     assert choice["finish_reason"] == "length"
     entry = choice["logprobs"]["content"][0]
     assert entry["bytes"] == list(entry["token"].encode())
-    assert [top["token"] for top in entry["top_logprobs"]] == [chr(0), chr(1)]  # not the chosen one, of rank 400
+    assert [top["token"] for top in entry["top_logprobs"]] == ["token_id:0", chr(1)]  # not the chosen one, of rank 400
     assert body["usage"]["prompt_tokens"] == len("<user>hi<assistant>")
 
     body = records["two"]["response"]["body"]
