@@ -89,4 +89,4 @@ def copy_side_files(source: Path, target: Path, config_changes: Mapping[str, Any
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
     config, _ = read_config(source)
-    (target / CONFIG_FILE).write_text(json.dumps(config | config_changes, indent=2, ensure_ascii=False) + "\n")
+    (target / CONFIG_FILE).write_text(json.dumps(config | dict(config_changes), indent=2, ensure_ascii=False) + "\n")

@@ -120,7 +120,8 @@ def _load_one(
     block: tuple[tuple[int, int], np.ndarray] | None = None
     shards: list[jax.Array] = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        index = index or ()
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         if bounds not in slices:
             rows = bounds[0] if bounds else (0, 1)
             if whole is not None:

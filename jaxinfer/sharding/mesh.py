@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import jax
@@ -40,15 +38,16 @@ def _check(sizes: Mapping[str, int], given: object) -> None:
 
 
 def make_mesh(
-    spec: str | Mapping[str, int] | jax.sharding.Mesh | None, devices: Sequence[jax.Device] | None = None
+    spec: str | Mapping[str, int] | jax.sharding.Mesh | None, devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:
     """A mesh with all six axes, in the order of AXES, of Auto type: plain jit propagates the shardings.
 
     spec: axis sizes ('data=2,tensor=4' or a mapping; axes left out have size 1), a jax Mesh over some of the axes, or
-    None for one device. The sizes multiply to the number of `devices` (all of them by default). A smaller product is
+    None for one device. The sizes multiply to the number of `devices` (jax's, by default). A smaller product is
     allowed in a single process: the first devices are used, and the log says which.
     """
     import jax
+    import numpy as np
     from jax.sharding import AxisType, Mesh
 
     types = (AxisType.Auto,) * len(AXES)

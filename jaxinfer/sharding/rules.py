@@ -22,6 +22,10 @@ RULES: Mapping[str, str | None] = {
     "experts": "expert",
     "tokens": "data",
     "head_dim": None,
+    "position": None,
+    "per_layer": None,
+    "per_layer_dim": None,
+    "one": None,
     "layers": None,
     "pages": None,
 }

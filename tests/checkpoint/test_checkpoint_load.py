@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from jaxinfer.checkpoint.load import load_params, splits_into
 from jaxinfer.checkpoint.reader import CheckpointReader
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families.base import Family, Source
+from tests.sharding.run_on_devices import run_on_devices
 
 N, K, H, D, F, V = 4, 2, 3, 8, 12, 20
 
@@ -142,11 +141,9 @@ def test_parameters_can_be_donated(tmp_path: Path) -> None:
 
 
 SHARDED = """
-import sys
 import jax, ml_dtypes, numpy as np
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_checkpoint_load import expected, flat, load, tiny
+from tests.checkpoint.test_checkpoint_load import expected, flat, load, tiny
 from jaxinfer.sharding.mesh import make_mesh
 tensors = tiny(ml_dtypes.bfloat16)[0]
 for spec in ("tensor=2", "fsdp=4", "tensor=2,fsdp=2", "tensor=4", "data=2,tensor=2,fsdp=2", "data=8", None):
@@ -163,24 +160,11 @@ print("every layout agrees")
 """
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_every_layout_on_eight_devices(tmp_path: Path) -> None:
     """Each device holds exactly its slice, rows and columns alike, whatever the mesh."""
     tensors, *_ = tiny(ml_dtypes.bfloat16)
     save_file(tensors, tmp_path / "model.safetensors")
-    code = SHARDED.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
-    result = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "every layout agrees" in result.stdout
+    assert "every layout agrees" in run_on_devices(SHARDED.format(directory=str(tmp_path)), 8)
 
 
 MEMORY = """
@@ -215,9 +199,7 @@ def test_peak_memory_stays_near_the_parameters(tmp_path: Path, stored: Any) -> N
     block = rng.standard_normal((4096, 1024), np.float32).astype(stored)
     for shard in range(2):
         save_file({f"w{shard}{i}": block for i in range(6)}, tmp_path / f"model-{shard}.safetensors")
-    result = run_python(MEMORY.format(directory=str(tmp_path)))
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert 0.9 < float(result.stdout) < 1.15
+    assert 0.9 < float(run_on_devices(MEMORY.format(directory=str(tmp_path)))) < 1.15
 
 
 def change(name: str, value: np.ndarray | None) -> Callable[[dict[str, np.ndarray]], None]:

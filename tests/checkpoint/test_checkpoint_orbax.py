@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.checkpoint.orbax import is_orbax, load_orbax, save_orbax
+from tests.sharding.run_on_devices import run_on_devices
 
 SHAPES = {"embed": (16, 8), "norm": (8,)}
 AXES = {"embed": {"weight": ("vocab", "embed")}, "norm": {"weight": ("embed",)}}
@@ -43,10 +41,8 @@ def test_round_trip(tmp_path: Path, saved: Any, wanted: Any) -> None:
 
 
 RESHARD = """
-import sys
 import jax, numpy as np
-sys.path.insert(0, {tests!r})
-from test_checkpoint_orbax import AXES, SHAPES, abstract_of, make_params
+from tests.checkpoint.test_checkpoint_orbax import AXES, SHAPES, abstract_of, make_params
 from jaxinfer.checkpoint.orbax import load_orbax, save_orbax
 from jaxinfer.sharding.mesh import make_mesh
 from jaxinfer.sharding.rules import param_shardings
@@ -62,13 +58,7 @@ print("every layout agrees")
 
 
 def test_restored_into_another_layout(tmp_path: Path) -> None:
-    code = RESHARD.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | flags, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "every layout agrees" in result.stdout
+    assert "every layout agrees" in run_on_devices(RESHARD.format(directory=str(tmp_path)), 4)
 
 
 @pytest.mark.parametrize(
