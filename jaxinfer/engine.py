@@ -93,7 +93,7 @@ class Engine:
                 request_id=request.request_id,
                 token_ids=list(request.prompt_token_ids),
                 params=params,
-                eos_token_ids=self.loaded.generation.eos_token_ids,
+                eos_token_ids=frozenset(self.loaded.generation.eos_token_ids),
                 sample_index=index,
                 seed=seed,
                 priority=request.priority,
