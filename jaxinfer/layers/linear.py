@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from jaxinfer.layers.parameters import Parameters
 from jaxinfer.ops.matmul import matmul
 
 
@@ -17,16 +17,10 @@ class Linear(nnx.Module):
     out, inputs: {logical axis name: size} of each side, in order, so that a head stays an axis of its own.
     """
 
-    def __init__(
-        self, inputs: dict[str, int], out: dict[str, int], *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
-    ) -> None:
-        in_shape, out_shape = tuple(inputs.values()), tuple(out.values())
-        scale = math.prod(in_shape) ** -0.5
-        self.num_inputs = len(in_shape)
-        self.weight = nnx.Param(
-            scale * jax.random.normal(rngs.params(), (*out_shape, *in_shape), dtype), axes=(*out, *inputs)
-        )
-        self.bias = nnx.Param(jnp.zeros(out_shape, dtype), axes=tuple(out)) if bias else None
+    def __init__(self, make: Parameters, inputs: dict[str, int], out: dict[str, int], *, bias: bool = False) -> None:
+        self.num_inputs = len(inputs)
+        self.weight = make.normal({**out, **inputs}, math.prod(inputs.values()) ** -0.5)
+        self.bias = make.constant(out, 0.0) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = project(x, self.weight[...], self.num_inputs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.layers.linear import Linear
+from jaxinfer.layers.parameters import Parameters
 from jaxinfer.models.config import LayerConfig, ModelConfig
 
 ACTIVATIONS = {
@@ -22,12 +22,12 @@ ACTIVATIONS = {
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x)) when gated, down(act(up(x))) when not; x [T, D] -> [T, D]."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig) -> None:
         embed, ffn = {"embed": config.hidden_size}, {"ffn": layer.ffn_dim}
         self.activation = config.activation
-        self.gate = Linear(embed, ffn, bias=config.mlp_bias, dtype=dtype, rngs=rngs) if config.gated_mlp else None
-        self.up = Linear(embed, ffn, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(ffn, embed, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate = Linear(make, embed, ffn, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up = Linear(make, embed, ffn, bias=config.mlp_bias)
+        self.down = Linear(make, ffn, embed, bias=config.mlp_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]

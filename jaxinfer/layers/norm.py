@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinfer.layers.parameters import Parameters
 from jaxinfer.models.config import ModelConfig
 
 
@@ -19,10 +20,10 @@ def rms_normalize(x: jax.Array, eps: float, num_axes: int = 1) -> jax.Array:
 class RMSNorm(nnx.Module):
     """y = x / rms(x) * (weight + offset). `axes` {logical name: size} are those normalised over."""
 
-    def __init__(self, axes: dict[str, int], *, eps: float, offset: float, dtype: jnp.dtype) -> None:
+    def __init__(self, make: Parameters, axes: dict[str, int], *, eps: float, offset: float) -> None:
         self.eps = eps
         self.offset = offset
-        self.weight = nnx.Param(jnp.full(tuple(axes.values()), 1.0 - offset, dtype), axes=tuple(axes))
+        self.weight = make.constant(axes, 1.0 - offset)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.weight[...].astype(jnp.float32) + self.offset
@@ -32,10 +33,10 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """y = (x - mean) / std * weight (+ bias), over the last axis."""
 
-    def __init__(self, axes: dict[str, int], *, eps: float, bias: bool, dtype: jnp.dtype) -> None:
+    def __init__(self, make: Parameters, axes: dict[str, int], *, eps: float, bias: bool) -> None:
         self.eps = eps
-        self.weight = nnx.Param(jnp.ones(tuple(axes.values()), dtype), axes=tuple(axes))
-        self.bias = nnx.Param(jnp.zeros(tuple(axes.values()), dtype), axes=tuple(axes)) if bias else None
+        self.weight = make.constant(axes, 1.0)
+        self.bias = make.constant(axes, 0.0) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
@@ -47,9 +48,9 @@ class LayerNorm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def make_norm(config: ModelConfig, dtype: jnp.dtype) -> RMSNorm | LayerNorm:
+def make_norm(make: Parameters, config: ModelConfig) -> RMSNorm | LayerNorm:
     """The model's own norm over the model width [D]."""
     axes = {"embed": config.hidden_size}
     if config.norm == "layer":
-        return LayerNorm(axes, eps=config.norm_eps, bias=config.norm_bias, dtype=dtype)
-    return RMSNorm(axes, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
+        return LayerNorm(make, axes, eps=config.norm_eps, bias=config.norm_bias)
+    return RMSNorm(make, axes, eps=config.norm_eps, offset=config.norm_offset)

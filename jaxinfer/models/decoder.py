@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +15,23 @@ from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.linear import Linear, project
 from jaxinfer.layers.mlp import ACTIVATIONS, MLP
 from jaxinfer.layers.norm import RMSNorm, make_norm
+from jaxinfer.layers.parameters import Parameters
 from jaxinfer.layers.rotary import Rotation, rotation
-from jaxinfer.models.config import LayerConfig, ModelConfig, RopeConfig
+from jaxinfer.models.config import LayerConfig, ModelConfig
 
 
 class PerLayerInputs(nnx.Module):
     """A small extra embedding of each token for every layer, mixed with a projection of its main embedding (Gemma 3n
     and 4)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, make: Parameters, config: ModelConfig) -> None:
         self.num_layers, self.dim = len(config.layers), config.per_layer_input_dim
         width = {"per_layer": self.num_layers * self.dim}
         self.embed_scale = math.sqrt(self.dim)
         self.projection_scale = config.hidden_size**-0.5
-        self.embed = Embedding({"vocab": config.per_layer_input_vocab}, width, dtype=dtype, rngs=rngs)
-        self.projection = Linear({"embed": config.hidden_size}, width, bias=False, dtype=dtype, rngs=rngs)
-        self.norm = RMSNorm({"per_layer_dim": self.dim}, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype)
+        self.embed = Embedding(make, {"vocab": config.per_layer_input_vocab}, width)
+        self.projection = Linear(make, {"embed": config.hidden_size}, width)
+        self.norm = RMSNorm(make, {"per_layer_dim": self.dim}, eps=config.norm_eps, offset=config.norm_offset)
 
     def __call__(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
         """tokens [T], x [T, D] their main embeddings -> [T, layers, Dp]."""
@@ -41,12 +44,12 @@ class PerLayerInputs(nnx.Module):
 class PerLayerResidual(nnx.Module):
     """What one layer makes of its per-layer input: norm(projection(act(gate(x)) * input))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, make: Parameters, config: ModelConfig) -> None:
         embed, narrow = {"embed": config.hidden_size}, {"per_layer_dim": config.per_layer_input_dim}
         self.activation = config.activation
-        self.gate = Linear(embed, narrow, bias=False, dtype=dtype, rngs=rngs)
-        self.projection = Linear(narrow, embed, bias=False, dtype=dtype, rngs=rngs)
-        self.norm = make_norm(config, dtype)
+        self.gate = Linear(make, embed, narrow)
+        self.projection = Linear(make, narrow, embed)
+        self.norm = make_norm(make, config)
 
     def __call__(self, x: jax.Array, per_layer_input: jax.Array) -> jax.Array:
         """x [T, D], per_layer_input [T, Dp] -> what is added to x."""
@@ -54,60 +57,62 @@ class PerLayerResidual(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and feed-forward around the residual stream, normed before, after, or both."""
+    """Attention and feed-forward around the residual stream, normed before, after, or both.
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    It is two functions, with attention over whatever holds the keys and values between them.
+    """
+
+    def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig) -> None:
         before = config.norm_placement in ("pre", "sandwich")
         after = config.norm_placement in ("post", "sandwich")
-        self.rope = layer.rope
-        self.attention_norm = make_norm(config, dtype) if before else None
-        self.attention = Attention(config, layer, dtype=dtype, rngs=rngs)
-        self.attention_post_norm = make_norm(config, dtype) if after else None
-        self.mlp_norm = make_norm(config, dtype) if before else None
-        self.mlp = MLP(config, layer, dtype=dtype, rngs=rngs)
-        self.mlp_post_norm = make_norm(config, dtype) if after else None
-        self.per_layer = PerLayerResidual(config, dtype=dtype, rngs=rngs) if config.per_layer_input_dim else None
-        self.scalar = nnx.Param(jnp.ones((1,), dtype), axes=(None,)) if config.layer_scalar else None
+        self.attention_norm = make_norm(make, config) if before else None
+        self.attention = Attention(make, config, layer)
+        self.attention_post_norm = make_norm(make, config) if after else None
+        self.mlp_norm = make_norm(make, config) if before else None
+        self.mlp = MLP(make, config, layer)
+        self.mlp_post_norm = make_norm(make, config) if after else None
+        self.per_layer = PerLayerResidual(make, config) if config.per_layer_input_dim else None
+        self.scalar = make.constant({"one": 1}, 1.0) if config.layer_scalar else None
 
-    def __call__(
-        self,
-        index: int,
-        x: jax.Array,
-        rotations: dict[RopeConfig, Rotation],
-        per_layer_input: jax.Array | None,
-        attend: Attend[Cache],
-        cache: Cache,
-    ) -> tuple[jax.Array, Cache]:
-        h = x if self.attention_norm is None else self.attention_norm(x)
-        h, cache = self.attention(index, h, None if self.rope is None else rotations[self.rope], attend, cache)
+    def before(self, x: jax.Array, cos_sin: Rotation | None) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """x [T, D] -> q [T, N, H], k and v [T, K, H] or None."""
+        return self.attention.project(x if self.attention_norm is None else self.attention_norm(x), cos_sin)
+
+    def after(self, x: jax.Array, mixed: jax.Array, per_layer_input: jax.Array | None) -> jax.Array:
+        """x [T, D] and the heads' mixed values [T, N, H] -> the next layer's x."""
+        h = self.attention.combine(mixed.astype(x.dtype))
         x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
-        h = x if self.mlp_norm is None else self.mlp_norm(x)
-        h = self.mlp(h)
+        h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
         x = x + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
         if self.per_layer is not None:
             assert per_layer_input is not None
             x = x + self.per_layer(x, per_layer_input)
-        if self.scalar is not None:
-            x = x * self.scalar[...]
-        return x, cache
+        return x if self.scalar is None else x * self.scalar[...]
+
+
+# Layers of one structure are traced once: inside an outer jit these are calls of one and the same function.
+@partial(jax.jit, static_argnums=0)
+def _before(graph: Any, state: Any, x: jax.Array, cos_sin: Rotation | None) -> Any:
+    return nnx.merge(graph, state).before(x, cos_sin)
+
+
+@partial(jax.jit, static_argnums=0)
+def _after(graph: Any, state: Any, x: jax.Array, mixed: jax.Array, per_layer_input: jax.Array | None) -> jax.Array:
+    return nnx.merge(graph, state).after(x, mixed, per_layer_input)
 
 
 class Decoder(nnx.Module):
     """Token ids [T] -> hidden states [T, D] -> logits [T, V]."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, make: Parameters, config: ModelConfig) -> None:
         self.config = config
         embed, vocab = {"embed": config.hidden_size}, {"vocab": config.vocab_size}
-        self.embed = Embedding(vocab, embed, dtype=dtype, rngs=rngs)
-        self.positions = (
-            Embedding({"position": config.max_position}, embed, dtype=dtype, rngs=rngs)
-            if config.learned_positions
-            else None
-        )
-        self.per_layer = PerLayerInputs(config, dtype=dtype, rngs=rngs) if config.per_layer_input_dim else None
-        self.layers = nnx.List([DecoderLayer(config, layer, dtype=dtype, rngs=rngs) for layer in config.layers])
-        self.final_norm = make_norm(config, dtype)
-        self.lm_head = None if config.tie_embeddings else Linear(embed, vocab, bias=False, dtype=dtype, rngs=rngs)
+        self.embed = Embedding(make, vocab, embed)
+        self.positions = Embedding(make, {"position": config.max_position}, embed) if config.learned_positions else None
+        self.per_layer = PerLayerInputs(make, config) if config.per_layer_input_dim else None
+        self.layers = nnx.List([DecoderLayer(make, config, layer) for layer in config.layers])
+        self.final_norm = make_norm(make, config)
+        self.lm_head = None if config.tie_embeddings else Linear(make, embed, vocab)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend[Cache], cache: Cache, *, context_len: int
@@ -124,9 +129,12 @@ class Decoder(nnx.Module):
         per_layer = None if self.per_layer is None else self.per_layer(tokens, x)
         ropes = {layer.rope for layer in self.config.layers if layer.rope is not None}
         rotations = {rope: rotation(rope, positions, context_len) for rope in ropes}
-        for index, layer in enumerate(self.layers):
-            own_input = None if per_layer is None else per_layer[:, index]
-            x, cache = layer(index, x, rotations, own_input, attend, cache)
+        for index, (layer, layer_config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            graph, state = nnx.split(layer)
+            cos_sin = None if layer_config.rope is None else rotations[layer_config.rope]
+            q, k, v = _before(graph, state, x, cos_sin)
+            mixed, cache = attend(index, q, k, v, cache)
+            x = _after(graph, state, x, mixed, None if per_layer is None else per_layer[:, index])
         return self.final_norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxinfer.layers.attention import Attend, Cache
+from jaxinfer.layers.parameters import Parameters
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Decoder
 from jaxinfer.models.dense import dense_attend
@@ -29,8 +30,7 @@ class Model:
     def __init__(self, config: ModelConfig, dtype: Any = jnp.float32) -> None:
         self.config = config
         self.dtype = np.dtype(dtype)
-        abstract = nnx.eval_shape(lambda: Decoder(config, dtype=self.dtype, rngs=nnx.Rngs(0)))
-        self._graph, self._state = nnx.split(abstract)
+        self._graph, self._state = nnx.split(Decoder(Parameters(self.dtype), config))
 
     @cached_property
     def abstract_params(self) -> Params:
@@ -47,7 +47,7 @@ class Model:
 
     def init_params(self, seed: int = 0) -> Params:
         """Random parameters, scaled so that activations keep their size: for tests, benchmarks and training."""
-        state = nnx.state(nnx.jit(lambda: Decoder(self.config, dtype=self.dtype, rngs=nnx.Rngs(seed)))())
+        state = nnx.state(Decoder(Parameters(self.dtype, seed), self.config))
         return _with_string_keys(nnx.to_pure_dict(state))
 
     def hidden(

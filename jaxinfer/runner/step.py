@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jaxinfer.cache.pool import Pools
 from jaxinfer.layers.attention import Attend
 from jaxinfer.models.model import Model, Params
+from jaxinfer.ops.paged_attention import AttentionCase, Backend
 from jaxinfer.plan import Plan
 from jaxinfer.runner.batch import BatchLayout, DeviceBatch
 from jaxinfer.sampling.logprobs import TokenLogprobs, score
@@ -30,10 +32,27 @@ def paged_attend(plan: Plan, batch: DeviceBatch) -> Attend[Pools]:
     ) -> tuple[jax.Array, Pools]:
         layer = plan.layers[index]
         metadata = prepared[layer.case, layer.group]
-        out, pool = layer.backend.run(layer.case, q, k, v, pools[layer.pool], batch, layer.group, metadata)
+        run = _run_traced_once
+        out, pool = run(layer.backend, layer.case, layer.group, q, k, v, pools[layer.pool], batch, metadata)
         return out, (*pools[: layer.pool], pool, *pools[layer.pool + 1 :])
 
     return attend
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_traced_once(
+    backend: Backend,
+    case: AttentionCase,
+    group: int,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    pool: Any,
+    batch: DeviceBatch,
+    metadata: Any,
+) -> tuple[jax.Array, Any]:
+    """Layers of one case call one and the same function, so that a deep model is traced as fast as a shallow one."""
+    return backend.run(case, q, k, v, pool, batch, group, metadata)
 
 
 def backbone(
