@@ -305,3 +305,31 @@ def test_pages_waste_little_on_a_mixed_trace():
         held += usage.num_held
         wasted += usage.waste * usage.num_held
     assert wasted / held < 0.04
+
+
+def test_a_preempted_decode_gives_its_token_back_to_the_budget():
+    engine = engine_of(max_num_batched_tokens=10, max_num_seqs=2)
+    for token in (1, 2):
+        engine.add([token], priority=1, ignore_eos=True)
+    engine.step()
+    engine.add([3] * 20, priority=0)
+    assert shape(engine.step()) == [("r0", 1, 1), ("r2", 0, 9)]
+    engine.drain()
+
+
+def test_a_sample_that_would_have_no_page_to_grow_into_waits():
+    engine = engine_of(num_pages=(4,), page_size=4)
+    engine.add([1] * 10, n=2, max_tokens=3, ignore_eos=True)
+    engine.drain()
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_a_head_without_room_is_looked_at_again_only_when_pages_were_freed(monkeypatch: pytest.MonkeyPatch):
+    engine = engine_of(num_pages=(7,), page_size=4)
+    engine.add([1] * 9, max_tokens=10, ignore_eos=True)
+    engine.add([2] * 20, max_tokens=1)
+    tries = []
+    match = engine.manager.match_prefix
+    monkeypatch.setattr(engine.manager, "match_prefix", lambda *args: tries.append(1) or match(*args))
+    engine.drain()
+    assert len(tries) == 3  # each request's first step, and when the first one had ended
