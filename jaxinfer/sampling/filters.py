@@ -1,12 +1,16 @@
 """Which tokens a row may still draw: min-p, top-k, top-p and typical-p as thresholds, found without sorting.
 
-Every filter keeps the tokens whose non-negative key is at most a threshold, and the threshold is the smallest key whose
-measure (a count, or a mass of probability) reaches a target. Non-negative floats order like their bit patterns, so the
-threshold is found exactly by bisection over 31-bit integers; each step is one reduction over the vocabulary. Masses
-are 30-bit fixed-point integers: their sums are exact, hence the same in any order, batch or sharding.
+Every filter keeps the tokens on one side of a threshold, and the threshold is the first at which a measure of what is
+kept (a count, or a mass of probability) reaches a target. It is found by bisection over integers, exactly; each step
+is one reduction over the vocabulary, so rows sharded over the vocabulary would need only sums. Non-negative floats
+order like their bit patterns, which makes them integers; probabilities become 30-bit fixed-point integers, whose sums
+are exact, hence the same in any order, batch or sharding.
 
-All four keep ties: tokens with exactly equal keys stay or go together, so top-k keeps more than k tokens where the
+All four keep ties: tokens of exactly equal logits stay or go together, so top-k keeps more than k tokens where the
 k-th largest logit occurs more than once.
+
+top-p: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020. min-p: Nguyen et al., "Turning Up the
+Heat", 2024. typical-p: Meister et al., "Locally Typical Sampling", 2023.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.sampling.groups import total
+from jaxinfer.sampling.groups import fold, total_int
 
 _LARGEST = 0x7F7F_FFFF  # bits of the largest finite float32
 
@@ -30,93 +34,103 @@ def survivors(
     distances [S, G, W] float32 >= 0: how far each logit lies below the row's largest, after temperature; inf where
     masked. top_k [S] int32, 0 is off; top_p, min_p, typical_p [S] float32, off at 1, 0 and 1.
     Returns the distances with inf in place of the tokens filtered out.
-
-    top-p: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020. min-p: Nguyen et al., "Turning Up the
-    Heat", 2024. typical-p: Meister et al., "Locally Typical Sampling", 2023.
     """
-    keys = _bits(distances)
-    within_min_p = _bits(-jnp.log(min_p))
-    threshold = jnp.minimum(within_min_p, _LARGEST)
-    threshold = jnp.minimum(threshold, _top_k_threshold(keys, top_k))
-
-    def by_mass(threshold: jax.Array) -> jax.Array:
-        weights = _fixed_point(distances)
-        threshold = _top_p_threshold(keys, weights, threshold, top_p)
-        kept = jnp.where(keys <= threshold[:, None, None], distances, jnp.inf)
-        return lax.cond(jnp.any(typical_p < 1), lambda: _typical(kept, weights, typical_p), lambda: kept)
-
-    def by_rank(threshold: jax.Array) -> jax.Array:
-        return jnp.where(keys <= threshold[:, None, None], distances, jnp.inf)
-
-    return lax.cond(jnp.any((top_p < 1) | (typical_p < 1)), by_mass, by_rank, threshold)
+    largest = jnp.full_like(top_k, _LARGEST)
+    threshold = lax.cond(jnp.any(top_k > 0), lambda: _top_k_threshold(distances, top_k), lambda: largest)
+    # -log(min_p) is inf, so no limit, at 0.
+    reach = jnp.minimum(-jnp.log(min_p), lax.bitcast_convert_type(threshold, jnp.float32))
+    return lax.cond(
+        jnp.any((top_p < 1) | (typical_p < 1)),
+        lambda: _filter_by_mass(distances, reach, top_p, typical_p),
+        lambda: _within(distances, reach),
+    )
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    """Bit patterns of non-negative floats, int32, in the same order; -0.0 counts as 0."""
-    return lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+def _within(distances: jax.Array, reach: jax.Array) -> jax.Array:
+    return jnp.where(distances <= reach[:, None, None], distances, jnp.inf)
 
 
-def _smallest_key(
+def _bisect(
     measure: Callable[[jax.Array], jax.Array],
     target: jax.Array,
-    high: jax.Array,
-    active: jax.Array,
-    least: Callable[[jax.Array], jax.Array],
+    bracket: tuple[jax.Array, jax.Array],
+    reached: jax.Array,
+    settled: Callable[..., jax.Array],
+    middle: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """Smallest threshold t <= high [S] with measure(t) >= target [S], as far as it selects; `high` if there is none.
+    """A threshold [S] that selects the least set of tokens whose measure is `target` or more, for all rows together.
 
-    measure: monotone, thresholds [S] int32 -> [S] int32. active [S] bool: rows to search; the others return `high`.
-    least(t): a lower bound of what a single token with key at most t adds to the measure. Once a bracket holds less
-    than two such tokens it holds only one, and its upper end selects exactly the wanted set.
+    measure: thresholds [S] int32 -> [S] int32, monotone.
+    bracket: (outside, inside) [S] int32, in either order: the measure is 0 at `outside` and `reached` at `inside`,
+    which is the answer where they are equal or neighbours, or where the target is beyond reach.
+    settled(outside, inside, amount): whether `inside` selects the set sought, given the measure between the two.
     """
 
     def unsettled(carry: tuple[jax.Array, ...]) -> jax.Array:
-        low, high, below, reached = carry
-        return (high - low > 1) & ((reached - below) >= 2 * least(high))
+        outside, inside, below, reached = carry
+        done = (reached == target) | settled(outside, inside, reached - below)
+        return (jnp.abs(outside - inside) > 1) & ~done
 
-    def halve(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        low, high, below, reached = carry
-        middle = low + (high - low) // 2
-        found = measure(middle)
-        enough, open_ = found >= target, unsettled(carry)
-        down, up = open_ & enough, open_ & ~enough
+    def step(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        outside, inside, below, reached = carry
+        x = middle(outside, inside)
+        amount = measure(x)
+        search = unsettled(carry)
+        inward, outward = search & (amount < target), search & (amount >= target)
         return (
-            jnp.where(up, middle, low),
-            jnp.where(down, middle, high),
-            jnp.where(up, found, below),
-            jnp.where(down, found, reached),
+            jnp.where(inward, x, outside),
+            jnp.where(outward, x, inside),
+            jnp.where(inward, amount, below),
+            jnp.where(outward, amount, reached),
         )
 
-    low = jnp.where(active, -1, high - 1)
-    start = (low, high, jnp.zeros_like(target), measure(high))
-    return lax.while_loop(lambda carry: jnp.any(unsettled(carry)), halve, start)[1]
+    start = (*bracket, jnp.zeros_like(target), reached)
+    return lax.while_loop(lambda carry: jnp.any(unsettled(carry)), step, start)[1]
 
 
-def _top_k_threshold(keys: jax.Array, top_k: jax.Array) -> jax.Array:
-    """[S] int32: the key of the k-th nearest token, or the largest key where top-k is off or beyond the vocabulary."""
+def _midpoint(a: jax.Array, b: jax.Array) -> jax.Array:
+    return a + (b - a) // 2
+
+
+def _top_k_threshold(distances: jax.Array, top_k: jax.Array) -> jax.Array:
+    """[S] int32: bits of a distance that the k nearest and their ties do not exceed; the largest where top-k is off."""
+    keys = lax.bitcast_convert_type(distances, jnp.int32)
 
     def count(threshold: jax.Array) -> jax.Array:
-        return total((keys <= threshold[:, None, None]).astype(jnp.int32))
+        return total_int(lambda key: (key <= threshold[:, None]).astype(jnp.int32), keys)
 
-    active = top_k > 0
     largest = jnp.full_like(top_k, _LARGEST)
+    vocab_size = jnp.full_like(top_k, keys.shape[1] * keys.shape[2])
+    return _bisect(
+        count,
+        top_k,
+        (jnp.where((top_k > 0) & (top_k < vocab_size), -1, largest), largest),
+        vocab_size,
+        lambda outside, inside, amount: amount <= 1,
+        _midpoint,
+    )
+
+
+def _filter_by_mass(distances: jax.Array, reach: jax.Array, top_p: jax.Array, typical_p: jax.Array) -> jax.Array:
+    weights = _fixed_point(_within(distances, reach))
+    least = lax.cond(
+        jnp.any(top_p < 1), lambda: _top_p_threshold(weights, top_p), lambda: jnp.zeros(top_p.shape, jnp.int32)
+    )
+    nucleus = jnp.where((top_p < 1)[:, None, None], weights >= least[:, None, None], True)
+    distances = jnp.where(nucleus, _within(distances, reach), jnp.inf)
     return lax.cond(
-        jnp.any(active),
-        lambda: _smallest_key(count, top_k, largest, active, jnp.ones_like),
-        lambda: largest,
+        jnp.any(typical_p < 1),
+        lambda: _typical(distances, jnp.where(nucleus, weights, 0), typical_p),
+        lambda: distances,
     )
 
 
 def _fixed_point(distances: jax.Array) -> jax.Array:
-    """exp(-distance) as int32 in units of a power of two, chosen a row so that the row's sum is in [2^29, 2^30]."""
+    """exp(-distance) as int32, in a unit (a power of two) that puts each row's sum between 2^29 and 2^30."""
     masses = jnp.exp(-distances)
-    exponent = (lax.bitcast_convert_type(total(masses), jnp.int32) >> 23) - 127
+    exponent = (lax.bitcast_convert_type(jnp.sum(masses, axis=(1, 2)), jnp.int32) >> 23) - 127
     unit = lax.bitcast_convert_type((127 + 29 - exponent) << 23, jnp.float32)
     return jnp.round(masses * unit[:, None, None]).astype(jnp.int32)
-
-
-def _mass(keys: jax.Array, weights: jax.Array, threshold: jax.Array) -> jax.Array:
-    return total(jnp.where(keys <= threshold[:, None, None], weights, 0))
 
 
 def _share(mass: jax.Array, portion: jax.Array) -> jax.Array:
@@ -124,26 +138,44 @@ def _share(mass: jax.Array, portion: jax.Array) -> jax.Array:
     return jnp.clip(jnp.ceil(mass.astype(jnp.float32) * portion).astype(jnp.int32), 1, mass)
 
 
-def _top_p_threshold(keys: jax.Array, weights: jax.Array, threshold: jax.Array, top_p: jax.Array) -> jax.Array:
-    """`threshold` [S] lowered to the smallest set that holds top_p of the mass within `threshold`."""
-    target = _share(_mass(keys, weights, threshold), top_p)
+def _top_p_threshold(weights: jax.Array, top_p: jax.Array) -> jax.Array:
+    """[S] int32: the weight down to which tokens hold top_p of the row's mass; not for rows where top-p is off."""
 
-    def least(threshold: jax.Array) -> jax.Array:
-        return jnp.zeros_like(threshold)
+    def mass(least: jax.Array) -> jax.Array:
+        return total_int(lambda weight: jnp.where(weight >= least[:, None], weight, 0), weights)
 
-    return _smallest_key(lambda t: _mass(keys, weights, t), target, threshold, top_p < 1, least)
+    def middle(high: jax.Array, low: jax.Array) -> jax.Array:
+        geometric = jnp.sqrt(high.astype(jnp.float32) * low.astype(jnp.float32)).astype(jnp.int32)
+        return jnp.where(high > 4 * low, geometric, _midpoint(low, high))
+
+    low = jnp.ones(top_p.shape, jnp.int32)  # a weight of 0 is no mass: such tokens never help to reach the target
+    high = jnp.where(top_p < 1, 1 << 30, low)
+    whole = jnp.sum(fold(weights), axis=-1)
+    # A token within the bracket weighs `low` or more: less than twice that is one token.
+    return _bisect(mass, _share(whole, top_p), (high, low), whole, lambda high, low, amount: amount < 2 * low, middle)
 
 
 def _typical(distances: jax.Array, weights: jax.Array, typical_p: jax.Array) -> jax.Array:
     """Keep the tokens whose surprisal is nearest the entropy, up to typical_p of the mass; inf for the rest.
 
-    With p = exp(-distance) / Z, surprisal minus entropy is the distance minus its mean, Z cancels.
+    With p = exp(-distance) / Z, a token's surprisal less the entropy is its distance less the mean distance.
     """
-    finite = distances < jnp.inf
-    masses = jnp.exp(-distances)
-    mean = total(jnp.where(finite, masses * distances, 0.0)) / total(masses)
-    keys = jnp.where(finite, _bits(jnp.abs(distances - mean[:, None, None])), jnp.int32(_LARGEST + 1))
+    moment = jnp.sum(jnp.where(weights > 0, weights.astype(jnp.float32) * distances, 0.0), axis=(1, 2))
+    whole = jnp.sum(fold(weights), axis=-1)
+    mean = moment / whole.astype(jnp.float32)
+    keys = lax.bitcast_convert_type(jnp.abs(distances - mean[:, None, None]), jnp.int32)
+
+    def mass(threshold: jax.Array) -> jax.Array:
+        return total_int(lambda key, weight: jnp.where(key <= threshold[:, None], weight, 0), keys, weights)
+
+    active = typical_p < 1
     largest = jnp.full(typical_p.shape, _LARGEST, jnp.int32)
-    target = _share(_mass(keys, weights, largest), typical_p)
-    threshold = _smallest_key(lambda t: _mass(keys, weights, t), target, largest, typical_p < 1, jnp.zeros_like)
+    threshold = _bisect(
+        mass,
+        _share(whole, typical_p),
+        (jnp.where(active, -1, largest), largest),
+        whole,
+        lambda outside, inside, amount: jnp.zeros_like(active),
+        _midpoint,
+    )
     return jnp.where(keys <= threshold[:, None, None], distances, jnp.inf)

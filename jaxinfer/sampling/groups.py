@@ -1,9 +1,10 @@
-"""The vocabulary in groups: layout and reductions that XLA compiles to vector code.
+"""The vocabulary in groups: a layout, and reductions over it that XLA compiles to vector code.
 
-Rows of logits [S, V] are viewed as [S, G, W], W = ceil(V / G): token `j * W + g` is member j of group g. Reductions
-over the vocabulary first fold the G members elementwise and then reduce the W group values. XLA's CPU compiler
-vectorises the fold, while a reduction of a computed [S, V] costs it five times as much; on accelerators the two are
-equal. The fold's order is written out, so a row's float sums do not depend on how many rows share its batch.
+Rows of logits [S, V] are viewed as [S, G, W], W = ceil(V / G): token `member * W + group` is a member of its group.
+Reductions over the vocabulary first fold the G members elementwise and then reduce the W values that are left. XLA's
+CPU compiler vectorises such a fold; a reduction of something computed costs it five times as much, and a fused
+(value, index) reduction twenty times. On accelerators the forms are equal. The order of a fold is written out, so a
+row's sums never depend on how many rows share its batch.
 """
 
 from __future__ import annotations
@@ -14,37 +15,43 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-NUM_MEMBERS = 32
+NUM_MEMBERS = 32  # a power of two
+
+
+def num_groups(vocab_size: int) -> int:
+    """W, for a vocabulary of that size."""
+    return -(-vocab_size // NUM_MEMBERS)
 
 
 def group(x: jax.Array, fill: float) -> jax.Array:
     """[S, V] -> [S, G, W], padded with `fill` where V is not a multiple of G."""
     num_rows, vocab_size = x.shape
-    width = -(-vocab_size // NUM_MEMBERS)
+    width = num_groups(vocab_size)
     if width * NUM_MEMBERS != vocab_size:
         x = jnp.pad(x, ((0, 0), (0, width * NUM_MEMBERS - vocab_size)), constant_values=fill)
     return x.reshape(num_rows, NUM_MEMBERS, width)
 
 
 def fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array] = operator.add) -> jax.Array:
-    """[S, G, W] -> [S, W]: the members of each group combined pairwise, in a fixed order."""
-    parts = [x[:, j] for j in range(x.shape[1])]
+    """Combine each group's members, in halves: [S, G, W] -> [S, W]."""
+    while (num_members := x.shape[1]) > 1:
+        x = combine(x[:, : num_members // 2], x[:, num_members // 2 :])
+    return x[:, 0]
+
+
+def total_int(term: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Sum over the vocabulary of term(members of arrays): arrays [S, G, W], term [S, W] -> [S, W] int32; sum [S].
+
+    The term is applied to one member at a time, so that one loop computes and adds.
+    """
+    parts = [term(*(x[:, member] for x in arrays)) for member in range(NUM_MEMBERS)]
     while len(parts) > 1:
-        pairs = [combine(a, b) for a, b in zip(parts[::2], parts[1::2], strict=False)]
-        parts = pairs + parts[2 * len(pairs) :]
-    return parts[0]
-
-
-def total(x: jax.Array) -> jax.Array:
-    """[S, G, W] -> [S]: the sum over the vocabulary."""
-    return jnp.sum(fold(x), axis=-1)
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return jnp.sum(parts[0], axis=-1)
 
 
 def first_argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[S, N] -> (maximum [S], its first index [S] int32). A row with a NaN has maximum NaN and index N - 1 or less.
-
-    Two plain reductions: XLA's CPU code for the fused (value, index) reduction is 20 times slower.
-    """
+    """[S, N] -> (maximum [S], its first index [S] int32). With a NaN in the row, NaN and some index below N."""
     maximum = jnp.max(x, axis=-1)
     indices = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
     first = jnp.min(jnp.where(x == maximum[:, None], indices, x.shape[1] - 1), axis=-1)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer.sampling import groups
 from jaxinfer.types import MAX_LOGPROBS
 
 
@@ -30,9 +31,25 @@ def score(logits: jax.Array, targets: jax.Array) -> TokenLogprobs:
     """Logits [S, V] float32 and token ids [S] int32 -> their log-probabilities and the best tokens."""
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    rank = 1 + jnp.sum(logits > target_logits, axis=-1, dtype=jnp.int32)
-    top_logits, top_token_ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    grouped = groups.group(logits, -jnp.inf)
+    rank = 1 + groups.total_int(lambda x: (x > target_logits).astype(jnp.int32), grouped)
+    top_token_ids, top_logits = _best(grouped, min(MAX_LOGPROBS, logits.shape[-1]))
     return TokenLogprobs((target_logits - normaliser)[:, 0], rank, top_token_ids, top_logits - normaliser)
+
+
+def _best(grouped: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` largest logits of [S, G, W]: (token ids, logits) [S, count].
+
+    They are in the groups of largest maximum. The candidates are laid out by token id, so that of equal logits the
+    lower id comes first.
+    """
+    num_rows, _, width = grouped.shape
+    _, best_groups = lax.top_k(groups.fold(grouped, jnp.maximum), min(count, width))
+    best_groups = jnp.sort(best_groups, axis=-1)
+    candidates = jnp.take_along_axis(grouped, best_groups[:, None, :], axis=2)
+    token_ids = jnp.arange(groups.NUM_MEMBERS)[:, None] * width + best_groups[:, None, :]
+    top_logits, places = lax.top_k(candidates.reshape(num_rows, -1), count)
+    return jnp.take_along_axis(token_ids.reshape(num_rows, -1), places, axis=1), top_logits
 
 
 def no_logprobs(num_rows: int, vocab_size: int) -> TokenLogprobs:

@@ -45,11 +45,7 @@ def sample(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple[
     spare slot.
     """
     logits = logits.astype(jnp.float32)
-    token_ids, maximum = lax.cond(
-        jnp.any(rows.uses_dense_state),
-        lambda: _choose(adjust(logits, state, rows), rows),
-        lambda: _choose(logits, rows),
-    )
+    token_ids, maximum = _choose(logits, state, rows)
     invalid = ~jnp.isfinite(maximum)
     token_ids = jnp.where(invalid, 0, token_ids)
     logprobs = lax.cond(
@@ -64,34 +60,57 @@ def sample(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple[
     return SampleOutput(token_ids, invalid, logprobs), state
 
 
-def _choose(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]:
-    """(token ids [S], the rows' largest logits [S])."""
-    maximum, best = groups.argmax(logits)
+def _choose(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple[jax.Array, jax.Array]:
+    """(token ids [S], the rows' largest logits [S]). The four branches differ in the work they skip."""
     random = rows.temperature > 0
-    token_ids = lax.cond(jnp.any(random), lambda: jnp.where(random, _draw(logits, maximum, rows), best), lambda: best)
-    return token_ids, maximum
-
-
-def _draw(logits: jax.Array, maximum: jax.Array, rows: SamplingRows) -> jax.Array:
-    """A token [S] from softmax(logits / temperature), filtered.
-
-    An exponential race (the Gumbel-max trick: argmax of p_i / E_i is distributed as p) in two heats: between groups of
-    tokens with the groups' masses, then between the members of the winner. It needs random numbers for V / 32 + 32
-    contestants instead of V, and, like the plain race, gives the same token under small changes of the logits almost
-    always.
-    """
-    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
-    grouped = groups.group(logits, -jnp.inf)
-    distances = (maximum[:, None, None] - grouped) / temperature[:, None, None]
+    temperature = jnp.where(random, rows.temperature, 1.0)
     filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0) | (rows.typical_p < 1)
-    distances = lax.cond(
-        jnp.any(filtered),
-        lambda: filters.survivors(distances, rows.top_k, rows.top_p, rows.min_p, rows.typical_p),
-        lambda: distances,
+    any_random, any_adjusted, any_filtered = jnp.any(random), jnp.any(rows.uses_dense_state), jnp.any(filtered)
+    num_groups = groups.num_groups(logits.shape[1])
+    race = lax.cond(
+        any_random,
+        lambda: noise.exponentials(rows.seed, rows.sample_index, rows.position, num_groups + groups.NUM_MEMBERS),
+        lambda: jnp.ones((logits.shape[0], num_groups + groups.NUM_MEMBERS), jnp.float32),
     )
+
+    def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        maximum, best = groups.argmax(logits)
+        return best, maximum
+
+    def prepare(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        best, maximum = greedy(logits)
+        distances = (maximum[:, None, None] - groups.group(logits, -jnp.inf)) / temperature[:, None, None]
+        return best, maximum, distances
+
+    def plain() -> tuple[jax.Array, jax.Array]:
+        best, maximum, distances = prepare(logits)
+        return jnp.where(random, _draw(distances, race), best), maximum
+
+    def any_mix() -> tuple[jax.Array, jax.Array]:
+        best, maximum, distances = lax.cond(
+            any_adjusted, lambda: prepare(adjust(logits, state, rows)), lambda: prepare(logits)
+        )
+        distances = lax.cond(
+            any_filtered,
+            lambda: filters.survivors(distances, rows.top_k, rows.top_p, rows.min_p, rows.typical_p),
+            lambda: distances,
+        )
+        return jnp.where(random, _draw(distances, race), best), maximum
+
+    branch = jnp.where(any_random, jnp.where(any_adjusted | any_filtered, 3, 2), jnp.where(any_adjusted, 1, 0))
+    return lax.switch(branch, [lambda: greedy(logits), lambda: greedy(adjust(logits, state, rows)), plain, any_mix])
+
+
+def _draw(distances: jax.Array, race: jax.Array) -> jax.Array:
+    """A token [S] with probability proportional to exp(-distance); distances [S, G, W], inf for tokens left out.
+
+    An exponential race (the Gumbel-max trick: argmax of p_i / E_i is distributed as p) in two heats: between the
+    groups of tokens with the groups' masses, then between the members of the winner. It takes random numbers `race`
+    [S, W + G] for W + G contestants instead of V. As in a single race, small changes of the logits almost never
+    change the token.
+    """
+    width = distances.shape[2]
     masses = jnp.exp(-distances)
-    num_members, width = grouped.shape[1:]
-    race = noise.exponentials(rows.seed, rows.sample_index, rows.position, width + num_members)
     group = groups.first_argmax(groups.fold(masses) / race[:, :width])[1]
     members = jnp.take_along_axis(masses, group[:, None, None], axis=2)[:, :, 0]
     member = groups.first_argmax(members / race[:, width:])[1]

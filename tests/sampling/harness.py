@@ -14,6 +14,7 @@ from jaxinfer.sampling.sampler import sample
 from jaxinfer.sampling.state import admit, dense_rows, init_state, uses_dense_state
 from jaxinfer.types import SamplingParams
 
+MAX_NUM_SEQS = 512  # few shapes, so few compilations: S is 1, 16 or 512 in nearly all tests
 traces: list[tuple[int, ...]] = []
 
 
@@ -41,10 +42,10 @@ class Row:
 class Batch:
     """Slots that hold sequences."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
-        self.max_num_seqs, self.vocab_size = max_num_seqs, vocab_size
-        self.table = SamplingTable(max_num_seqs)
-        self.state = init_state(max_num_seqs, vocab_size)
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.table = SamplingTable(MAX_NUM_SEQS)
+        self.state = init_state(MAX_NUM_SEQS, vocab_size)
 
     def put(self, slot: int, row: Row) -> None:
         self.table.set(slot, row.params, row.seed, row.sample_index)
@@ -52,9 +53,8 @@ class Batch:
             rows = dense_rows(row.params, row.stop_token_ids, row.prompt, row.output, self.vocab_size)
             self.state = set_slot(self.state, slot, *rows)
 
-    def step(self, logits, slots, positions, num_rows=None):
+    def step(self, logits, slots, positions, num_rows=16):
         """logits [len(slots), V]; padded with NaN rows to the bucket. Returns the output as numpy, without padding."""
-        num_rows = num_rows or len(slots)
         padded = np.full((num_rows, self.vocab_size), np.nan, np.float32)
         padded[: len(slots)] = logits
         rows = self.table.rows(slots, positions, num_rows)
@@ -62,19 +62,19 @@ class Batch:
         return jax.tree.map(lambda x: np.asarray(x)[: len(slots)], output)
 
 
-def sample_rows(logits, rows: Sequence[Row], *, num_rows=None, max_num_seqs=None):
+def sample_rows(logits, rows: Sequence[Row], *, num_rows=16):
     """One step over rows placed in slots 0, 1, ... of a fresh batch."""
     logits = np.atleast_2d(np.asarray(logits, np.float32))
-    batch = Batch(max_num_seqs or len(rows), logits.shape[1])
+    batch = Batch(logits.shape[1])
     for slot, row in enumerate(rows):
         batch.put(slot, row)
     return batch.step(logits, range(len(rows)), [len(row.output) for row in rows], num_rows)
 
 
-def draw_many(logits, params: SamplingParams, count: int, *, seed: int = 0, rows_a_step: int = 512):
-    """`count` independent draws from one row of logits: as many samples (`sample_index`) of one request."""
+def draw_many(logits, rows: Sequence[Row]):
+    """One draw for each row, all from the same logits [V]."""
     taken = []
-    for start in range(0, count, rows_a_step):
-        rows = [Row(params, seed, start + i) for i in range(rows_a_step)]
-        taken.append(sample_rows(np.tile(logits, (rows_a_step, 1)), rows).token_ids)
-    return np.concatenate(taken)[:count]
+    for start in range(0, len(rows), MAX_NUM_SEQS):
+        some = rows[start : start + MAX_NUM_SEQS]
+        taken.append(sample_rows(np.tile(logits, (len(some), 1)), some, num_rows=MAX_NUM_SEQS).token_ids)
+    return np.concatenate(taken)

@@ -29,6 +29,10 @@ def chi_square(counts, probabilities):
     return (statistic - dof) / np.sqrt(2 * dof)
 
 
+def samples(params, count, seed=5):
+    return [Row(params, seed, index) for index in range(count)]
+
+
 CASES = {
     "temperature 1": SamplingParams(),
     "temperature 0.5": SamplingParams(temperature=0.5),
@@ -45,36 +49,37 @@ CASES = {
 def test_draws_follow_the_twins_distribution(name):
     logits = logits_of(11)[0]
     want = twin.distribution(logits, CASES[name])
-    tokens = draw_many(logits, CASES[name], 16_384, seed=5)
+    tokens = draw_many(logits, samples(CASES[name], 8192))
     assert abs(chi_square(np.bincount(tokens, minlength=V), want)) < 4
 
 
 def test_the_statistic_notices_a_wrong_distribution():
     logits = logits_of(11)[0]
-    tokens = draw_many(logits, SamplingParams(), 16_384, seed=5)
+    tokens = draw_many(logits, samples(SamplingParams(), 8192))
     wrong = twin.distribution(logits, SamplingParams(temperature=1.15))
     assert abs(chi_square(np.bincount(tokens, minlength=V), wrong)) > 6
 
 
-def test_positions_and_seeds_are_independent_streams():
-    logits = np.zeros(64, np.float32)
-    uniform = np.full(64, 1 / 64)
+def test_positions_seeds_and_samples_are_independent_streams():
+    logits, uniform, params = np.zeros(V, np.float32), np.full(V, 1 / V), SamplingParams()
+    batch = Batch(V)
+    batch.table.set(3, params, seed=9)  # one sequence at 4096 positions, 512 to a step
     by_position = np.concatenate(
         [
-            sample_rows(
-                np.zeros((512, 64)), [Row(SamplingParams(), 9, 0, output=[0] * (start + i)) for i in range(512)]
-            ).token_ids
+            batch.step(np.zeros((512, V)), [3] * 512, range(start, start + 512), 512).token_ids
             for start in range(0, 4096, 512)
         ]
     )
-    by_seed = sample_rows(np.zeros((4096, 64)), [Row(SamplingParams(), seed) for seed in range(4096)]).token_ids
-    by_sample = draw_many(logits, SamplingParams(), 4096, seed=9)
+    by_seed = draw_many(logits, [Row(params, seed) for seed in range(4096)])
+    by_sample = draw_many(logits, samples(params, 4096, seed=9))
     for tokens in (by_position, by_seed, by_sample):
-        assert abs(chi_square(np.bincount(tokens, minlength=64), uniform)) < 4
-        pairs = tokens[:-1].astype(int) * 64 + tokens[1:]
-        assert abs(chi_square(np.bincount(pairs // 8, minlength=512), np.full(512, 1 / 512))) < 4
-    assert np.mean(by_position == by_sample) < 0.05
-    assert np.mean(by_seed == by_sample) < 0.05
+        assert abs(chi_square(np.bincount(tokens, minlength=V), uniform)) < 4
+        first, second = tokens[:-1].astype(int) % 16, tokens[1:].astype(int) % 16
+        sixteenth = np.bincount(np.arange(V) % 16) / V
+        pairs = np.bincount(first * 16 + second, minlength=256)
+        assert abs(chi_square(pairs, np.outer(sixteenth, sixteenth).ravel())) < 4
+    for one, other in ((by_position, by_sample), (by_seed, by_sample), (by_seed, by_position)):
+        assert np.mean(one == other) < 0.02
 
 
 ADJUSTED = {
@@ -121,7 +126,7 @@ def test_counts_grow_with_the_tokens_sampled():
     params = SamplingParams(
         temperature=0, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.7, min_tokens=6
     )
-    batch = Batch(4, V)
+    batch = Batch(V)
     batch.put(2, Row(params, prompt=[1, 2, 3], stop_token_ids=[50]))
     output = []
     for i in range(20):
@@ -155,9 +160,9 @@ def test_a_row_depends_on_nothing_but_itself():
     steps = [logits_of(40 + i, rows=len(MIX)) for i in range(6)]
     orders = [np.arange(len(MIX)), np.random.default_rng(0).permutation(len(MIX))]
     results = []
-    for order, num_rows in ((orders[0], 12), (orders[1], 16), (orders[1], 32)):
-        batch = Batch(33, V)
-        slots = np.random.default_rng(num_rows).permutation(33)[: len(MIX)]
+    for order, num_rows in ((orders[0], 16), (orders[1], 16), (orders[1], 512)):
+        batch = Batch(V)
+        slots = np.random.default_rng(len(results)).permutation(512)[: len(MIX)]
         for slot, i in zip(slots, order, strict=True):
             batch.put(int(slot), MIX[i])
         tokens = np.zeros((len(steps), len(MIX)), int)
@@ -170,10 +175,10 @@ def test_a_row_depends_on_nothing_but_itself():
         results.append(tokens)
     alone = np.zeros_like(results[0])
     for i, row in enumerate(MIX):
-        batch = Batch(33, V)
+        batch = Batch(V)
         batch.put(7, row)
         for position, logits in enumerate(steps):
-            alone[position, i] = batch.step(logits[i], [7], [len(row.output) + position]).token_ids[0]
+            alone[position, i] = batch.step(logits[i], [7], [len(row.output) + position], 1).token_ids[0]
     for tokens in results:
         assert tokens.tolist() == alone.tolist()
 
@@ -181,11 +186,11 @@ def test_a_row_depends_on_nothing_but_itself():
 def test_re_entry_after_preemption_changes_nothing():
     row = Row(SamplingParams(repetition_penalty=1.4, frequency_penalty=0.3, min_tokens=12), 3, prompt=[5, 6, 7])
     row.stop_token_ids = [9]
-    batch = Batch(4, V)
+    batch = Batch(V)
     batch.put(0, row)
     steps = logits_of(8, rows=16, scale=1.0)
     output = [int(batch.step(x, [0], [i]).token_ids[0]) for i, x in enumerate(steps)]
-    other = Batch(4, V)
+    other = Batch(V)
     other.put(3, Row(SamplingParams(presence_penalty=2.0), 77, prompt=range(V), output=[1]))  # leaves stale rows
     other.step(steps[0], [3], [1])
     row.output = output[:8]
@@ -195,7 +200,7 @@ def test_re_entry_after_preemption_changes_nothing():
 
 
 def test_stale_rows_do_not_matter():
-    batch = Batch(2, V)
+    batch = Batch(V)
     batch.put(0, Row(SamplingParams(temperature=0, banned_token_ids=range(V - 1))))
     assert batch.step(logits_of(1), [0], [0]).token_ids.tolist() == [V - 1]
     batch.put(0, Row(SamplingParams(temperature=0)))
@@ -205,17 +210,17 @@ def test_stale_rows_do_not_matter():
 
 
 def test_seeds_reproduce_and_differ():
-    logits = np.zeros((32, V))
-    draw = lambda seed, sample=0: sample_rows(logits, [Row(SamplingParams(), seed, sample)] * 32).token_ids[0]  # noqa: E731
-    assert draw(1) == draw(1)
-    assert len({int(draw(seed)) for seed in (0, 1, 2, 2**31, 2**32 - 1)}) > 2
-    assert len({int(draw(1, sample)) for sample in range(5)}) > 2
+    logits = np.zeros((8, V))
+    seeds = sample_rows(logits, [Row(SamplingParams(), seed) for seed in (0, 1, 2, 2**31, 2**32 - 1, 1, 0, 2)])
+    tokens = seeds.token_ids.tolist()
+    assert tokens[5:] == [tokens[1], tokens[0], tokens[2]]
+    assert len(set(tokens)) == 5
 
 
 def test_no_mix_of_features_compiles_again():
-    batch = Batch(16, V)
+    batch = Batch(V)
     harness.traces.clear()
-    batch.step(logits_of(0, rows=3), [0, 1, 2], [0, 0, 0], 16)
+    batch.step(logits_of(0, rows=3), [0, 1, 2], [0, 0, 0])
     start, size = len(harness.traces), harness.step._cache_size()
     admissions = harness.set_slot._cache_size()
     rng = np.random.default_rng(0)
@@ -224,7 +229,7 @@ def test_no_mix_of_features_compiles_again():
         slots = rng.permutation(16)[: len(chosen)]
         for slot, i in zip(slots, chosen, strict=True):
             batch.put(int(slot), MIX[i])
-        batch.step(logits_of(position, rows=len(chosen)), slots, [position] * len(chosen), 16)
+        batch.step(logits_of(position, rows=len(chosen)), slots, [position] * len(chosen))
     assert len(harness.traces) == start
     assert harness.step._cache_size() == size
     assert harness.set_slot._cache_size() <= admissions + 1
@@ -276,7 +281,7 @@ def test_edges():
     assert tokens[0] == plain[0]
     assert tokens[1:3] == [77, 31]
     assert tokens[3:7] == best[3:7]
-    tied = draw_many(logits[7], rows[7].params, 512)
+    tied = draw_many(logits[7], samples(rows[7].params, 512))
     assert set(tied.tolist()) == {20, 21, 22, 23}, "ties with the k-th largest stay"
 
 
@@ -288,10 +293,10 @@ def test_greedy_takes_the_first_of_equals():
 
 
 def test_padding_rows_write_to_the_spare_slot():
-    batch = Batch(4, V)
+    batch = Batch(V)
     batch.put(1, Row(SamplingParams(temperature=0, presence_penalty=0.1)))
     before = np.asarray(batch.state.counts).copy()
-    token = batch.step(logits_of(2), [1], [0], 8).token_ids[0]
+    token = batch.step(logits_of(2), [1], [0]).token_ids[0]
     after = np.asarray(batch.state.counts)
     changed = np.argwhere(after != before)
     assert changed.tolist() == [[1, int(token)]]
