@@ -65,7 +65,7 @@ def load_params(
             wanted = np.dtype(leaves[i][1].dtype)
             if dtype is not None and jnp.issubdtype(wanted, jnp.floating):
                 wanted = np.dtype(dtype)
-            arrays[i] = _load_one(reader, infos[i], sources[paths[i]], shapes[paths[i]], wanted, shardings[i], pool)
+            arrays[i] = load_param(reader, sources[paths[i]], shapes[paths[i]], wanted, shardings[i], pool)
             if previous is not None:
                 previous.block_until_ready()  # so that at most two tensors wait on the host
             previous = arrays[i]
@@ -88,16 +88,16 @@ def shardings_of(abstract: Mapping[str, Any], axes: Mapping[str, Any], mesh: Mes
     return jax.tree.map(lambda _: whole, dict(abstract))
 
 
-def _load_one(
+def load_param(
     reader: CheckpointReader,
-    info: TensorInfo,
     source: Source,
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: Sharding,
-    pool: Executor,
+    pool: Executor | None = None,
 ) -> jax.Array:
     """One parameter: every distinct slice that this process's devices hold is read (and cast) once."""
+    info = reader.tensors[source.name]
     row_size = math.prod(info.shape[1:])
     first = 0 if source.rows is None else source.rows[0] * row_size
 

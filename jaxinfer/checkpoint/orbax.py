@@ -140,8 +140,31 @@ class OrbaxReader:
         except Exception as error:
             raise self._unreadable(error) from error
 
+    def read(self, dtypes: Mapping[str, np.dtype]) -> dict[str, np.ndarray]:
+        """Some parameters as numpy arrays, by path, in the given dtypes."""
+        import orbax.checkpoint as ocp
+
+        item: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
+        for path, dtype in dtypes.items():
+            _insert(item, path, jax.ShapeDtypeStruct(self.shapes[path], dtype))
+            _insert(arguments, path, ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
+        restore = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+        try:
+            restored = self._checkpointer.restore(self.directory, args=restore)
+        except Exception as error:
+            raise self._unreadable(error) from error
+        return {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+
     def _unreadable(self, error: Exception) -> ValueError:
         return ValueError(f"{self.directory}: Orbax cannot read it ({_first_line(error)}); copy the checkpoint again")
+
+
+def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, name = path.split("/")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[name] = value
 
 
 def _path_name(path: Any) -> str:
