@@ -50,16 +50,12 @@ class SequencePages:
 
 @dataclass(frozen=True)
 class KVUsage:
-    """Pages summed over groups, page 0 not counted; `peak_held` sums the groups' own peaks.
-
-    waste: the share of held positions that no token has been scheduled to fill.
-    """
+    """Pages summed over groups, page 0 not counted; `peak_held` sums the groups' own peaks."""
 
     num_pages: int
     num_held: int
     num_evictable: int
     peak_held: int
-    waste: float
 
 
 class KVCacheManager:
@@ -272,21 +268,22 @@ class KVCacheManager:
     # Numbers and proof
 
     def usage(self) -> KVUsage:
-        num_held = sum(pool.num_held for pool in self.pools)
-        empty: list[dict[int, int]] = [{} for _ in self.pools]  # per group, unwritten positions of partly filled pages
-        for sequence in self._sequences:
-            spare = sequence.num_pages * self.page_size - sequence.num_tokens if sequence else 0
-            if sequence and spare:
-                for positions, pages in zip(empty, sequence.pages, strict=True):
-                    positions[pages[-1]] = min(spare, positions.get(pages[-1], spare))
-        num_empty = sum(sum(positions.values()) for positions in empty)
         return KVUsage(
             num_pages=sum(pool.num_usable for pool in self.pools),
-            num_held=num_held,
+            num_held=sum(pool.num_held for pool in self.pools),
             num_evictable=sum(pool.num_evictable for pool in self.pools),
             peak_held=sum(pool.peak_held for pool in self.pools),
-            waste=num_empty / (num_held * self.page_size) if num_held else 0.0,
         )
+
+    def waste(self) -> float:
+        """The share of held positions that no token has been scheduled to fill."""
+        unfilled: list[dict[int, int]] = [{} for _ in self.pools]  # per group and last page; sharers have the same
+        for sequence in filter(None, self._sequences):
+            for positions, pages in zip(unfilled, sequence.pages, strict=True):
+                if pages:
+                    positions[pages[-1]] = sequence.num_pages * self.page_size - sequence.num_tokens
+        num_held = sum(pool.num_held for pool in self.pools)
+        return sum(sum(positions.values()) for positions in unfilled) / max(num_held * self.page_size, 1)
 
     def check_integrity(self, sequences: Iterable[SequencePages]) -> None:
         """AssertionError unless the pools, the seats and the tables agree with what `sequences` hold."""

@@ -20,6 +20,7 @@ class Sequence:
     """One of a request's `params.n` samples. The first group of fields is the caller's, the rest the scheduler's.
 
     token_ids           prompt and the outputs that the host knows
+    seed                of its random numbers, for the sampler; samples of one request share it
     eos_token_ids       end it, unless params.ignore_eos
     compute_all_prompt  every prompt position must pass through the model (prompt logprobs): no prefix hits
     num_total_tokens    tokens known and in flight

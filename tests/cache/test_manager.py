@@ -148,7 +148,7 @@ def test_the_last_holder_of_a_shared_page_writes_in_place():
     shared = parent.pages[0][1]
     children = [manager.fork(parent, slot) for slot in (1, 2)]
     assert manager.pools[0].num_held == 2
-    assert manager.usage().waste == 2 / 8  # positions 6 and 7, once, though three hold them
+    assert manager.waste() == 2 / 8  # positions 6 and 7, once, though three hold them
     for sequence in (children[0], parent):
         (copy,) = manager.allocate(sequence, 6, 7)
         assert copy == PageCopy(0, shared, sequence.pages[0][1])
@@ -157,7 +157,7 @@ def test_the_last_holder_of_a_shared_page_writes_in_place():
     assert manager.allocate(parent, 7, 8) == ()
     manager.check_integrity([parent, *children])
     assert manager.usage().num_held == 4
-    assert manager.usage().waste == 2 / 16
+    assert manager.waste() == 2 / 16
 
 
 def test_check_integrity_sees_a_wrong_table():
