@@ -1,8 +1,9 @@
 """x [T, in] times weight [out, in]: the product under every projection.
 
-XLA's CPU code multiplies one row by a weight at memory speed, on all cores, and a tall x at the speed of a library's
-matrix product. In between (a decode batch) it would read the weight once per few rows on one core; there the weight is
-cut along its rows into one block a core and multiplied as a batch, weight on the left.
+What this costs on CPU depends on how it is written. One row times a weight runs at memory speed, on all cores. For more
+rows XLA calls a library, which reads the weight many times on one core, unless the weight is cut along its rows into
+one block a core and multiplied as a batch with the weight on the left. For a middling number of rows Eigen is the
+faster library (and only with blocks), for few and for many rows it is the one XLA calls by default.
 """
 
 from __future__ import annotations
@@ -12,8 +13,14 @@ import os
 import jax
 import jax.numpy as jnp
 
-_BLOCKED_ROWS = range(2, 65)
+_BLOCKED_ROWS = range(2, 512)
+_EIGEN_ROWS = range(17, 512)
 _BLOCKS = os.cpu_count() or 1
+
+
+def compiler_options(num_rows: int, platform: str) -> dict[str, str]:
+    """XLA's options for a program whose products have `num_rows` rows."""
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if platform == "cpu" and num_rows in _EIGEN_ROWS else {}
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -48,12 +48,17 @@ class Programs:
         self._metrics = metrics
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
 
-    def get(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> Callable[..., Any]:
-        """The program called `key`, compiled from `lower()` on first use. Its arguments' shapes are fixed."""
+    def get(
+        self, key: Hashable, lower: Callable[[], jax.stages.Lowered], options: dict[str, str] | None = None
+    ) -> Callable[..., Any]:
+        """The program called `key`, compiled from `lower()` with XLA's `options` on first use.
+
+        Its arguments' shapes are fixed.
+        """
         program = self._compiled.get(key)
         if program is None:
             started, hits = time.perf_counter(), _cache_hits
-            program = self._compiled[key] = lower().compile()
+            program = self._compiled[key] = lower().compile(compiler_options=options or None)
             seconds = time.perf_counter() - started
             if _cache_hits > hits:
                 self._metrics.programs_loaded()

@@ -16,6 +16,7 @@ from jaxinfer.cache.manager import PageCopy
 from jaxinfer.cache.pool import abstract_pools, copy_pages, empty_pools
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.models.model import Model, Params
+from jaxinfer.ops.matmul import compiler_options
 from jaxinfer.outputs import ScoredTokens
 from jaxinfer.plan import Plan
 from jaxinfer.runner import step
@@ -37,13 +38,14 @@ class StepResult:
     """What a step computed, on the host. Rows are those of `schedule.sampling_rows`.
 
     token_ids int32 [R]. logprobs: None unless a row asked. invalid: sequences whose logits were not finite.
-    prompt_logprobs: for each sequence that asked, the prompt tokens scored by this step, and their scores.
+    prompt_logprobs: for each sequence that asked, the first prompt position scored by this step, the tokens from there
+    on, and their scores.
     """
 
     token_ids: np.ndarray
     logprobs: ScoredTokens | None
     invalid: tuple[Sequence, ...]
-    prompt_logprobs: tuple[tuple[Sequence, list[int], ScoredTokens], ...]
+    prompt_logprobs: tuple[tuple[Sequence, int, list[int], ScoredTokens], ...]
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ class PendingStep:
     hidden: jax.Array
     sampled: SampleOutput | None
     wants_logprobs: bool
-    scored: tuple[tuple[Sequence, list[int], TokenLogprobs], ...]
+    scored: tuple[tuple[Sequence, int, list[int], TokenLogprobs], ...]
 
     def read(self) -> StepResult:
         """Wait for the step and fetch what was asked for."""
-        scored = tuple((sequence, ids, _fetch(scores, len(ids))) for sequence, ids, scores in self.scored)
+        scored = tuple((sequence, first, ids, _fetch(scores, len(ids))) for sequence, first, ids, scores in self.scored)
         if self.sampled is None:
             self.hidden.block_until_ready()
             return StepResult(np.zeros(0, np.int32), None, (), scored)
@@ -124,9 +126,10 @@ class Runner:
         )
 
     def warm_up(self) -> None:
-        """Compile every backbone, sampler, copy and admission program."""
+        """Compile every program."""
         for num_tokens in self.plan.token_buckets:
             self._backbone(self._layout(num_tokens))
+            self._scorer(num_tokens)
         for num_rows in self.plan.sequence_buckets:
             self._sampler(num_rows)
         self._copier()
@@ -171,13 +174,13 @@ class Runner:
 
     def _score_prompts(
         self, schedule: Schedule, hidden: jax.Array
-    ) -> tuple[tuple[Sequence, list[int], TokenLogprobs], ...]:
+    ) -> tuple[tuple[Sequence, int, list[int], TokenLogprobs], ...]:
         """Send the scoring of prompt tokens whose predecessors this step computed, for sequences that asked."""
         scored = []
         first = 0
         for row in schedule.rows:
             sequence = row.sequence
-            if sequence.params.prompt_logprobs is not None and sequence.sample_index == 0:
+            if sequence.compute_all_prompt and not sequence.num_output_tokens:
                 stop = min(row.start + row.num_tokens, sequence.num_prompt_tokens - 1)
                 for start in range(row.start, stop, SCORED_ROWS):
                     targets = sequence.token_ids[start + 1 : min(start + SCORED_ROWS, stop) + 1]
@@ -185,7 +188,7 @@ class Runner:
                     rows[0, : len(targets)] = first + start - row.start + np.arange(len(targets))
                     rows[1, : len(targets)] = targets
                     scorer = self._scorer(hidden.shape[0])
-                    scored.append((sequence, targets, scorer(self.params, hidden, rows[0], rows[1])))
+                    scored.append((sequence, start + 1, targets, scorer(self.params, hidden, rows[0], rows[1])))
             first += row.num_tokens
         return tuple(scored)
 
@@ -194,13 +197,16 @@ class Runner:
     def _host(self, shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
+    def _options(self, num_rows: int) -> dict[str, str]:
+        return compiler_options(num_rows, self.plan.mesh.devices.flat[0].platform)
+
     def _backbone(self, layout: BatchLayout) -> Any:
         def lower() -> jax.stages.Lowered:
             run = partial(step.backbone, self.model, self.plan, layout)
             jitted = jax.jit(run, donate_argnums=1, out_shardings=self._replicated)
             return jitted.lower(self.params, self._pools, self._state.last_tokens, self._host((layout.size,)))
 
-        return self._programs.get(("backbone", layout.num_tokens), lower)
+        return self._programs.get(("backbone", layout.num_tokens), lower, self._options(layout.num_tokens))
 
     def _sampler(self, num_rows: int) -> Any:
         def lower() -> jax.stages.Lowered:
@@ -208,7 +214,7 @@ class Runner:
             hidden = self._host((self.plan.max_num_seqs, self.model.config.hidden_size), self.plan.dtype)
             return run.lower(self.params, self._state, hidden, self._host((num_rows, NUM_COLUMNS)))
 
-        return self._programs.get(("sampler", num_rows), lower)
+        return self._programs.get(("sampler", num_rows), lower, self._options(num_rows))
 
     def _scorer(self, num_tokens: int) -> Any:
         def lower() -> jax.stages.Lowered:
@@ -217,7 +223,7 @@ class Runner:
             rows = self._host((SCORED_ROWS,))
             return run.lower(self.params, hidden, rows, rows)
 
-        return self._programs.get(("scorer", num_tokens), lower)
+        return self._programs.get(("scorer", num_tokens), lower, self._options(SCORED_ROWS))
 
     def _copier(self) -> Any:
         def lower() -> jax.stages.Lowered:
