@@ -42,7 +42,15 @@ class Terminated(KeyboardInterrupt):
 
 
 def open_engine(config: EngineConfig) -> Engine:
-    """The real engine. ValueError for a model that cannot be loaded."""
+    """The real engine. ValueError for a model that cannot be loaded, and where JAX finds no device."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # what JAX raises depends on how the platform is missing
+        platforms, reason = jax.config.jax_platforms, str(error) or "no such platform here"
+        raise ValueError(f"JAX has no device for JAX_PLATFORMS={platforms!r} ({reason}); set it to cpu, say") from error
+
     from jaxinfer.engine import Engine
 
     return Engine(config)
@@ -187,14 +195,8 @@ def _close(args: argparse.Namespace, counts: JobCounts, before: int, failed_befo
 
 def _open(open_engine: OpenEngine, config: EngineConfig) -> Engine:
     started = time.monotonic()
-    try:
-        with _as_job_error():
-            engine = open_engine(config)
-    except RuntimeError as error:
-        # JAX has no type of its own for this; a defect stays a defect.
-        if "Unable to initialize backend" not in str(error):
-            raise
-        raise JobError(f"{error}; set JAX_PLATFORMS to a platform that is there, such as cpu") from error
+    with _as_job_error():
+        engine = open_engine(config)
     _tell(f"{config.model} is ready after {format_seconds(time.monotonic() - started)}")
     return engine
 

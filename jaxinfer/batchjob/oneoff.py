@@ -23,8 +23,8 @@ def run_prompt(engine: Engine, prompt: str, *, chat: bool, sampling: Mapping[str
     JobError where the engine refuses the prompt or fails on it.
     """
     params = SamplingParams(**{"max_tokens": MAX_TOKENS, "seed": line_seed(seed, 1), **sampling})
-    tokenizer = engine.tokenizer
     try:
+        tokenizer = engine.tokenizer
         token_ids = (
             tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
         )

@@ -39,14 +39,23 @@ class ByteTokenizer:
 class FakeEngine:
     """One token a step for every running completion; at most `max_num_seqs` requests run."""
 
-    def __init__(self, config: EngineConfig, step_seconds: float = 0.0, fails: str = "") -> None:
-        self.tokenizer = ByteTokenizer()
+    def __init__(
+        self, config: EngineConfig, step_seconds: float = 0.0, fails: str = "", has_tokenizer: bool = True
+    ) -> None:
+        """fails: requests whose prompt has this text end in an error."""
+        self._has_tokenizer = has_tokenizer
         self.plan = SimpleNamespace(max_num_seqs=config.max_num_seqs or 4)
         self.requests: dict[str, tuple[Request, RequestOutput, list[list[int]]]] = {}
         self.most_in_flight = 0
         self._metrics = EngineMetrics(kv_cache_bytes=1 << 20)
         self._step_seconds = step_seconds
         self._fails = fails
+
+    @property
+    def tokenizer(self) -> ByteTokenizer:
+        if not self._has_tokenizer:
+            raise ValueError("no tokenizer; give token ids instead of text")
+        return ByteTokenizer()
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params

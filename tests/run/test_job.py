@@ -393,6 +393,15 @@ def test_flags_argparse_refuses_are_one_line_too(flags: list[str], capsys: pytes
     assert error.count("\n") == 1
 
 
+def test_prompt_for_a_model_without_tokenizer_is_one_line(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    command.options = {"has_tokenizer": False}
+    assert command.main("--prompt", "x") == 2
+    assert capsys.readouterr().err.endswith("error: no tokenizer; give token ids instead of text\n")
+    command.write({"prompt": [97], "max_tokens": 2}, {"prompt": "a"})
+    assert command() == 1
+    assert ["error" in record for record in sorted(command.records(), key=lambda r: r["line"])] == [False, True]
+
+
 def test_prompt_is_streamed(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main("--prompt", "def f", "--max-tokens", "9") == 0
     captured = capsys.readouterr()
