@@ -47,7 +47,7 @@ def survivors(
 
 
 def _within(distances: jax.Array, reach: jax.Array) -> jax.Array:
-    return jnp.where(distances <= reach[:, None, None], distances, jnp.inf)
+    return jnp.where(distances <= lax.expand_dims(reach, (1, 2)), distances, jnp.inf)
 
 
 def _bisect(
@@ -97,7 +97,7 @@ def _top_k_threshold(distances: jax.Array, top_k: jax.Array) -> jax.Array:
     keys = lax.bitcast_convert_type(distances, jnp.int32)
 
     def count(threshold: jax.Array) -> jax.Array:
-        return total_int(lambda key: (key <= threshold[:, None]).astype(jnp.int32), keys)
+        return total_int(lambda key: (key <= lax.expand_dims(threshold, (1,))).astype(jnp.int32), keys)
 
     largest = jnp.full_like(top_k, _LARGEST)
     vocab_size = jnp.full_like(top_k, keys.shape[1] * keys.shape[2])
@@ -116,7 +116,7 @@ def _filter_by_mass(distances: jax.Array, reach: jax.Array, top_p: jax.Array, ty
     least = lax.cond(
         jnp.any(top_p < 1), lambda: _top_p_threshold(weights, top_p), lambda: jnp.zeros(top_p.shape, jnp.int32)
     )
-    nucleus = jnp.where((top_p < 1)[:, None, None], weights >= least[:, None, None], True)
+    nucleus = jnp.where(lax.expand_dims(top_p < 1, (1, 2)), weights >= lax.expand_dims(least, (1, 2)), True)
     distances = jnp.where(nucleus, _within(distances, reach), jnp.inf)
     return lax.cond(
         jnp.any(typical_p < 1),
@@ -130,7 +130,7 @@ def _fixed_point(distances: jax.Array) -> jax.Array:
     masses = jnp.exp(-distances)
     exponent = (lax.bitcast_convert_type(jnp.sum(masses, axis=(1, 2)), jnp.int32) >> 23) - 127
     unit = lax.bitcast_convert_type((127 + 29 - exponent) << 23, jnp.float32)
-    return jnp.round(masses * unit[:, None, None]).astype(jnp.int32)
+    return jnp.round(masses * lax.expand_dims(unit, (1, 2))).astype(jnp.int32)
 
 
 def _share(mass: jax.Array, portion: jax.Array) -> jax.Array:
@@ -142,7 +142,7 @@ def _top_p_threshold(weights: jax.Array, top_p: jax.Array) -> jax.Array:
     """[S] int32: the weight down to which tokens hold top_p of the row's mass; not for rows where top-p is off."""
 
     def mass(least: jax.Array) -> jax.Array:
-        return total_int(lambda weight: jnp.where(weight >= least[:, None], weight, 0), weights)
+        return total_int(lambda weight: jnp.where(weight >= lax.expand_dims(least, (1,)), weight, 0), weights)
 
     def middle(high: jax.Array, low: jax.Array) -> jax.Array:
         geometric = jnp.sqrt(high.astype(jnp.float32) * low.astype(jnp.float32)).astype(jnp.int32)
@@ -163,10 +163,12 @@ def _typical(distances: jax.Array, weights: jax.Array, typical_p: jax.Array) -> 
     moment = jnp.sum(jnp.where(weights > 0, weights.astype(jnp.float32) * distances, 0.0), axis=(1, 2))
     whole = jnp.sum(fold(weights), axis=-1)
     mean = moment / whole.astype(jnp.float32)
-    keys = lax.bitcast_convert_type(jnp.abs(distances - mean[:, None, None]), jnp.int32)
+    keys = lax.bitcast_convert_type(jnp.abs(distances - lax.expand_dims(mean, (1, 2))), jnp.int32)
 
     def mass(threshold: jax.Array) -> jax.Array:
-        return total_int(lambda key, weight: jnp.where(key <= threshold[:, None], weight, 0), keys, weights)
+        return total_int(
+            lambda key, weight: jnp.where(key <= lax.expand_dims(threshold, (1,)), weight, 0), keys, weights
+        )
 
     active = typical_p < 1
     largest = jnp.full(typical_p.shape, _LARGEST, jnp.int32)
@@ -178,4 +180,4 @@ def _typical(distances: jax.Array, weights: jax.Array, typical_p: jax.Array) -> 
         lambda outside, inside, amount: jnp.zeros_like(active),
         _midpoint,
     )
-    return jnp.where(keys <= threshold[:, None, None], distances, jnp.inf)
+    return jnp.where(keys <= lax.expand_dims(threshold, (1, 2)), distances, jnp.inf)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 NUM_MEMBERS = 32  # a power of two
 
@@ -35,8 +36,9 @@ def group(x: jax.Array, fill: float) -> jax.Array:
 def fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array] = operator.add) -> jax.Array:
     """Combine each group's members, in halves: [S, G, W] -> [S, W]."""
     while (num_members := x.shape[1]) > 1:
-        x = combine(x[:, : num_members // 2], x[:, num_members // 2 :])
-    return x[:, 0]
+        half = num_members // 2
+        x = combine(lax.slice_in_dim(x, 0, half, axis=1), lax.slice_in_dim(x, half, num_members, axis=1))
+    return x.reshape(x.shape[0], x.shape[2])
 
 
 def total_int(term: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
@@ -44,7 +46,9 @@ def total_int(term: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
 
     The term is applied to one member at a time, so that one loop computes and adds.
     """
-    parts = [term(*(x[:, member] for x in arrays)) for member in range(NUM_MEMBERS)]
+    parts = [
+        term(*(lax.index_in_dim(x, member, axis=1, keepdims=False) for x in arrays)) for member in range(NUM_MEMBERS)
+    ]
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return jnp.sum(parts[0], axis=-1)
@@ -53,8 +57,8 @@ def total_int(term: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
 def first_argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[S, N] -> (maximum [S], its first index [S] int32). With a NaN in the row, NaN and some index below N."""
     maximum = jnp.max(x, axis=-1)
-    indices = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    first = jnp.min(jnp.where(x == maximum[:, None], indices, x.shape[1] - 1), axis=-1)
+    indices = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    first = jnp.min(jnp.where(x == lax.expand_dims(maximum, (1,)), indices, x.shape[1] - 1), axis=-1)
     return maximum, first
 
 
@@ -69,5 +73,5 @@ def argmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
         return first_argmax(logits)
     blocks = logits.reshape(num_rows, vocab_size // block, block)
     maximum, first_block = first_argmax(jnp.max(blocks, axis=-1))
-    chosen = jnp.take_along_axis(blocks, first_block[:, None, None], axis=1)[:, 0]
+    chosen = jnp.take_along_axis(blocks, lax.expand_dims(first_block, (1, 2)), axis=1)[:, 0]
     return maximum, first_block * block + first_argmax(chosen)[1]

@@ -30,7 +30,7 @@ class TokenLogprobs:
 def score(logits: jax.Array, targets: jax.Array) -> TokenLogprobs:
     """Logits [S, V] float32 and token ids [S] int32 -> their log-probabilities and the best tokens."""
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    target_logits = jnp.take_along_axis(logits, lax.expand_dims(targets, (1,)), axis=-1)
     grouped = groups.group(logits, -jnp.inf)
     rank = 1 + groups.total_int(lambda x: (x > target_logits).astype(jnp.int32), grouped)
     top_token_ids, top_logits = _best(grouped, min(MAX_LOGPROBS, logits.shape[-1]))
@@ -46,8 +46,8 @@ def _best(grouped: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     num_rows, _, width = grouped.shape
     _, best_groups = lax.top_k(groups.fold(grouped, jnp.maximum), min(count, width))
     best_groups = jnp.sort(best_groups, axis=-1)
-    candidates = jnp.take_along_axis(grouped, best_groups[:, None, :], axis=2)
-    token_ids = jnp.arange(groups.NUM_MEMBERS)[:, None] * width + best_groups[:, None, :]
+    candidates = jnp.take_along_axis(grouped, lax.expand_dims(best_groups, (1,)), axis=2)
+    token_ids = jnp.arange(groups.NUM_MEMBERS)[:, None] * width + lax.expand_dims(best_groups, (1,))
     top_logits, places = lax.top_k(candidates.reshape(num_rows, -1), count)
     return jnp.take_along_axis(token_ids.reshape(num_rows, -1), places, axis=1), top_logits
 

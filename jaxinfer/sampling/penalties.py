@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxinfer.sampling.rows import SamplingRows
 from jaxinfer.sampling.state import COUNT_MASK, IN_PROMPT, IS_STOP_TOKEN, SamplerState
@@ -19,7 +20,7 @@ def adjust(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> jax.Ar
     """
 
     def column(x: jax.Array) -> jax.Array:
-        return x[:, None]
+        return lax.expand_dims(x, (1,))
 
     packed = state.counts[rows.slot]
     count = packed & COUNT_MASK

@@ -41,7 +41,7 @@ class SamplingRows:
     words: jax.Array | np.ndarray
 
     def _integer(self, name: str) -> jax.Array:
-        return jnp.asarray(self.words)[:, _COLUMN[name]]
+        return lax.index_in_dim(jnp.asarray(self.words), _COLUMN[name], axis=1, keepdims=False)
 
     def _float(self, name: str) -> jax.Array:
         return lax.bitcast_convert_type(self._integer(name), jnp.float32)

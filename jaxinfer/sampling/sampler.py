@@ -73,32 +73,38 @@ def _choose(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple
         lambda: jnp.ones((logits.shape[0], num_groups + groups.NUM_MEMBERS), jnp.float32),
     )
 
-    def greedy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        maximum, best = groups.argmax(logits)
+    def distances_of(logits: jax.Array, maximum: jax.Array) -> jax.Array:
+        return (lax.expand_dims(maximum, (1, 2)) - groups.group(logits, -jnp.inf)) / lax.expand_dims(
+            temperature, (1, 2)
+        )
+
+    maximum, best = groups.argmax(logits)
+
+    def adjusted_greedy() -> tuple[jax.Array, jax.Array]:
+        maximum, best = groups.argmax(adjust(logits, state, rows))
         return best, maximum
 
-    def prepare(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        best, maximum = greedy(logits)
-        distances = (maximum[:, None, None] - groups.group(logits, -jnp.inf)) / temperature[:, None, None]
-        return best, maximum, distances
-
     def plain() -> tuple[jax.Array, jax.Array]:
-        best, maximum, distances = prepare(logits)
-        return jnp.where(random, _draw(distances, race), best), maximum
+        return jnp.where(random, _draw(distances_of(logits, maximum), race), best), maximum
+
+    def adjusted() -> tuple[jax.Array, jax.Array, jax.Array]:
+        x = adjust(logits, state, rows)
+        maximum, best = groups.argmax(x)
+        return best, maximum, distances_of(x, maximum)
 
     def any_mix() -> tuple[jax.Array, jax.Array]:
-        best, maximum, distances = lax.cond(
-            any_adjusted, lambda: prepare(adjust(logits, state, rows)), lambda: prepare(logits)
+        own_best, own_maximum, distances = lax.cond(
+            any_adjusted, adjusted, lambda: (best, maximum, distances_of(logits, maximum))
         )
         distances = lax.cond(
             any_filtered,
             lambda: filters.survivors(distances, rows.top_k, rows.top_p, rows.min_p, rows.typical_p),
             lambda: distances,
         )
-        return jnp.where(random, _draw(distances, race), best), maximum
+        return jnp.where(random, _draw(distances, race), own_best), own_maximum
 
     branch = jnp.where(any_random, jnp.where(any_adjusted | any_filtered, 3, 2), jnp.where(any_adjusted, 1, 0))
-    return lax.switch(branch, [lambda: greedy(logits), lambda: greedy(adjust(logits, state, rows)), plain, any_mix])
+    return lax.switch(branch, [lambda: (best, maximum), adjusted_greedy, plain, any_mix])
 
 
 def _draw(distances: jax.Array, race: jax.Array) -> jax.Array:
@@ -112,6 +118,6 @@ def _draw(distances: jax.Array, race: jax.Array) -> jax.Array:
     width = distances.shape[2]
     masses = jnp.exp(-distances)
     group = groups.first_argmax(groups.fold(masses) / race[:, :width])[1]
-    members = jnp.take_along_axis(masses, group[:, None, None], axis=2)[:, :, 0]
+    members = jnp.take_along_axis(masses, lax.expand_dims(group, (1, 2)), axis=2)[:, :, 0]
     member = groups.first_argmax(members / race[:, width:])[1]
     return member * width + group

@@ -10,6 +10,8 @@ from jaxinfer.types import MAX_LOGPROBS, SamplingParams
 from tests.sampling import twin
 from tests.sampling.harness import Row, sample_rows
 
+scored = jax.jit(score)
+
 
 def check(logits, tokens, got):
     for i, (x, token) in enumerate(zip(logits, tokens, strict=True)):
@@ -42,21 +44,21 @@ def test_prompt_tokens():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(9, 777)).astype(np.float32)
     targets = rng.integers(0, 777, 9)
-    got = jax.tree.map(np.asarray, jax.jit(score)(logits, targets))
+    got = jax.tree.map(np.asarray, scored(logits, targets))
     check(logits, targets, got)
 
 
 def test_ties_share_a_rank():
     logits = np.zeros((1, 50), np.float32)
     logits[0, :3] = 1.0
-    got = score(logits, np.array([2]))
+    got = scored(logits, np.array([2]))
     assert got.rank.tolist() == [1]
-    assert score(logits, np.array([7])).rank.tolist() == [4]
+    assert scored(logits, np.array([7])).rank.tolist() == [4]
 
 
 def test_a_vocabulary_smaller_than_the_list():
     logits = np.random.default_rng(2).normal(size=(2, 11)).astype(np.float32)
-    got = score(logits, np.array([10, 0]))
+    got = scored(logits, np.array([10, 0]))
     assert got.top_token_ids.shape == (2, 11)
     check(logits, [10, 0], jax.tree.map(np.asarray, got))
 
