@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ from jaxinfer.scheduler.schedule import Schedule, SchedulerConfig
 from jaxinfer.scheduler.scheduler import Scheduler
 from jaxinfer.scheduler.sequence import Sequence
 from jaxinfer.tokenizer import IncrementalDetokenizer, Tokenizer
-from jaxinfer.types import Request, RequestOutput, check_against_vocabulary
+from jaxinfer.types import Request, RequestOutput, SamplingParams, check_against_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,11 @@ class Engine:
         self.plan = resolve(config, self.loaded.config, self.loaded.model.dtype, self.loaded.mesh)
         log.info("%s", self.plan.describe())
         self.metrics = EngineMetrics(self.plan.kv_cache_bytes)
+        self.runner = Runner(self.loaded.model, self.loaded.params, self.plan, self.metrics)
+        self._num_added = 0
+        self._open_books()
+
+    def _open_books(self) -> None:
         self.manager = KVCacheManager(
             self.plan.groups,
             self.plan.num_pages,
@@ -58,10 +65,8 @@ class Engine:
             SchedulerConfig(self.plan.max_num_seqs, self.plan.max_num_batched_tokens, self.plan.max_model_len),
             self.manager,
         )
-        self.runner = Runner(self.loaded.model, self.loaded.params, self.plan, self.metrics)
         self._requests: dict[str, RequestState] = {}
         self._in_flight: tuple[Schedule, PendingStep] | None = None
-        self._num_added = 0
         self._num_preemptions = 0
 
     @cached_property
@@ -73,12 +78,16 @@ class Engine:
         """Compile, or load, every program that serving can need; afterwards nothing compiles."""
         self.runner.warm_up()
 
-    def add_request(self, request: Request) -> None:
-        """Queue a request. ValueError, naming value, limit and fix, for one that could never run."""
+    def add_request(self, request: Request) -> RequestOutput:
+        """Queue a request. Returns its output, which the steps to come bring up to date.
+
+        ValueError, naming value, limit and fix, for one that could never run.
+        """
         if request.request_id in self._requests:
             raise ValueError(f"request_id={request.request_id!r} is already running; give every request its own")
         params, vocab_size = request.sampling_params, self.loaded.config.vocab_size
-        check_against_vocabulary(params, vocab_size)
+        eos_token_ids = self.loaded.generation.eos_token_ids
+        check_against_vocabulary(params, vocab_size, eos_token_ids)
         if not request.prompt_token_ids:
             raise ValueError("the prompt is empty; give at least one token")
         for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
@@ -93,20 +102,21 @@ class Engine:
                 request_id=request.request_id,
                 token_ids=list(request.prompt_token_ids),
                 params=params,
-                eos_token_ids=frozenset(self.loaded.generation.eos_token_ids),
+                eos_token_ids=frozenset(eos_token_ids),
                 sample_index=index,
                 seed=seed,
                 priority=request.priority,
                 arrival_time=request.arrival_time,
                 cache_salt=request.cache_salt,
-                compute_all_prompt=params.prompt_logprobs is not None,
+                compute_all_prompt=params.prompt_logprobs is not None and index == 0,
             )
             for index in range(params.n)
         ]
         self.scheduler.add(*sequences)
         self._num_added += 1
         self.metrics.request_added(len(request.prompt_token_ids))
-        self._requests[request.request_id] = RequestState(request, sequences, texts, self._decode_token)
+        state = self._requests[request.request_id] = RequestState(request, sequences, texts, self._decode_token)
+        return state.output
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; its pages and its place are free at once. None where there is no such request."""
@@ -122,7 +132,17 @@ class Engine:
         return bool(self._requests)
 
     def step(self) -> list[RequestOutput]:
-        """Send the next batch, then read the last one: the requests that got tokens or ended by it."""
+        """Send the next batch, then read the last one: the requests that got tokens or ended by it.
+
+        What is raised here, an interrupt included, has ended every request with an error; the engine goes on empty.
+        """
+        try:
+            return self._step()
+        except BaseException as error:
+            self._start_over(f"the engine failed: {type(error).__name__}: {error}")
+            raise
+
+    def _step(self) -> list[RequestOutput]:
         started = time.monotonic()
         schedule = self.scheduler.schedule(started)
         sent = None
@@ -167,13 +187,14 @@ class Engine:
         result = pending.read()
         now = time.monotonic()
         touched: dict[str, RequestState] = {}
-        for sequence, token_ids, logprobs in result.prompt_logprobs:
-            state = self._requests.get(sequence.request_id)
+        for sequence, first, token_ids, logprobs in result.prompt_logprobs:
+            state = self._state_of(sequence)
             if state is not None:
-                state.add_prompt_logprobs(token_ids, logprobs)
+                state.add_prompt_logprobs(first, token_ids, logprobs)
         for sequence in result.invalid:
-            state = self._requests.pop(sequence.request_id, None)
+            state = self._state_of(sequence)
             if state is not None:
+                del self._requests[sequence.request_id]
                 self.scheduler.abort(sequence.request_id)
                 state.finish(now, self.metrics, "the model's logits are not finite; check the weights and the dtype")
                 touched[sequence.request_id] = state
@@ -182,7 +203,7 @@ class Engine:
             state = self._requests[sequence.request_id]
             touched[sequence.request_id] = state
             sample, reason, stop = sequence.sample_index, update.finish_reason, sequence.stop_reason
-            found = state.add_token(sample, update.token_id, result.logprobs, update.sample, now, self.metrics)
+            found = state.add_token(sample, update.token_id, result.logprobs, update.sample, now, self.metrics, reason)
             if found is not None:
                 if reason is None:
                     self.scheduler.finish(sequence, "stop", found)
@@ -194,10 +215,27 @@ class Engine:
                     del self._requests[sequence.request_id]
         return [state.output for state in touched.values()], now - waiting_since
 
+    def _state_of(self, sequence: Sequence) -> RequestState | None:
+        """None once its request has ended, even if another has taken the request's id."""
+        state = self._requests.get(sequence.request_id)
+        return state if state is not None and sequence in state.sequences else None
+
+    def _start_over(self, error: str) -> None:
+        """Wherever a step stopped, the books, the device and the outputs may disagree: none of them is kept."""
+        now = time.monotonic()
+        requests = self._requests
+        self._open_books()
+        for state in requests.values():
+            state.finish(now, self.metrics, error)
+        self._set_gauges()
+        self.runner.reset()
+
     def _note_first_scheduled(self, schedule: Schedule) -> None:
         for row in schedule.rows:
-            if row.is_new and row.sequence.sample_index == 0 and row.sequence.num_preemptions == 0:
+            if row.is_new and row.sequence.sample_index == 0:
                 times = self._requests[row.sequence.request_id].output.metrics
+                if times.first_scheduled_time is not None:
+                    continue
                 times.first_scheduled_time = row.sequence.first_scheduled_time
                 queried = 0 if row.sequence.compute_all_prompt else row.sequence.num_prompt_tokens
                 if not self.plan.enable_prefix_caching:
@@ -228,6 +266,7 @@ class Engine:
             stop=params.stop_strings,
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
         )
 
     def _decode_token(self, token_id: int) -> str | None:
@@ -237,18 +276,27 @@ class Engine:
 def make_request(
     engine: Engine,
     request_id: str,
-    prompt: str | Any,
+    prompt: Any,
     sampling_params: Any,
     *,
     priority: int = 0,
     cache_salt: str = "",
 ) -> Request:
-    """A Request from text or token ids, arriving now."""
+    """A Request from text or token ids, arriving now. ValueError for a prompt or parameters of another type."""
+    if not isinstance(sampling_params, SamplingParams):
+        raise ValueError(f"sampling_params={sampling_params!r} must be SamplingParams")
     text = prompt if isinstance(prompt, str) else None
-    token_ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if text is not None:
+        prompt = engine.tokenizer.encode(text)
+    elif isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
+        raise ValueError(f"prompt={prompt!r} must be text or token ids")
+    token_ids = tuple(prompt)
+    for token_id in token_ids:
+        if not isinstance(token_id, Integral) or isinstance(token_id, bool):
+            raise ValueError(f"prompt token id {token_id!r} must be a whole number")
     return Request(
         request_id=request_id,
-        prompt_token_ids=tuple(int(token_id) for token_id in token_ids),
+        prompt_token_ids=tuple(map(int, token_ids)),
         sampling_params=sampling_params,
         prompt=text,
         priority=priority,

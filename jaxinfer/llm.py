@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from jaxinfer.types import FinishReason, Logprob, Request, RequestOutput, Sampli
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+    from jaxinfer.models.model import Params
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -46,12 +49,10 @@ class LLM:
         **settings: Any,
     ) -> None:
         """model: a directory or hub id; None is the bundled model. settings: fields of EngineConfig."""
-        config = EngineConfig(
-            model=str(default_model() if model is None else model),
-            mesh=mesh if isinstance(mesh, str) else None,
-            **settings,
-        )
-        self.engine = Engine(config, mesh=mesh)
+        if isinstance(mesh, str):
+            settings["mesh"] = mesh
+        config = EngineConfig(model=str(default_model() if model is None else model), **settings)
+        self.engine = Engine(config, mesh=None if isinstance(mesh, str) else mesh)
         self._numbers = itertools.count()
 
     def generate(
@@ -88,35 +89,38 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """Complete one prompt, a Delta for each step's progress. Closing the iterator ends the request."""
-        request = self._request(prompt, sampling_params or SamplingParams())
-        self.engine.add_request(request)
-        return self._deltas(request)
+        deltas = self._deltas(self._request(prompt, sampling_params or SamplingParams()))
+        next(deltas)  # empty: adds the request, so that a bad one is refused here
+        return deltas
+
+    def update_params(self, params: Params) -> None:
+        """Swap the weights in place, shapes and layout kept; running streams go on under the new ones.
+
+        params: as `jaxinfer.load_model(...).params`, nested dicts of arrays. ValueError where they do not fit.
+        """
+        self.engine.update_params(params)
 
     def _deltas(self, request: Request) -> Iterator[Delta]:
         count = request.sampling_params.n
         texts, tokens, ended = [0] * count, [0] * count, [False] * count
+        output = self.engine.add_request(request)
         try:
-            while self.engine.has_unfinished():
-                for output in self.engine.step():
-                    if output.request_id != request.request_id:
+            yield Delta(0, "", [], None, None, None)
+            while True:  # other streams and `generate` may have made steps in between
+                if output.error is not None:
+                    raise RuntimeError(output.error)
+                for i, completion in enumerate(output.outputs):
+                    finish_reason, stop_reason = completion.finish_reason, completion.stop_reason
+                    if ended[i] or (len(completion.token_ids) == tokens[i] and finish_reason is None):
                         continue
-                    _raise_error(output)
-                    for i, completion in enumerate(output.outputs):
-                        if ended[i] or len(completion.token_ids) == tokens[i]:
-                            continue
-                        ended[i] = completion.finish_reason is not None
-                        logprobs = completion.logprobs
-                        yield Delta(
-                            i,
-                            completion.text[texts[i] :],
-                            completion.token_ids[tokens[i] :],
-                            None if logprobs is None else logprobs[tokens[i] :],
-                            completion.finish_reason,
-                            completion.stop_reason,
-                        )
-                        texts[i], tokens[i] = len(completion.text), len(completion.token_ids)
-                    if output.finished:
-                        return
+                    text, token_ids = completion.text[texts[i] :], completion.token_ids[tokens[i] :]
+                    logprobs = None if completion.logprobs is None else completion.logprobs[tokens[i] :]
+                    texts[i], tokens[i] = texts[i] + len(text), tokens[i] + len(token_ids)
+                    ended[i] = finish_reason is not None
+                    yield Delta(i, text, token_ids, logprobs, finish_reason, stop_reason)
+                if all(ended):
+                    return
+                self.engine.step()
         finally:
             self.engine.abort(request.request_id)
 
@@ -124,29 +128,24 @@ class LLM:
         return make_request(self.engine, f"llm-{next(self._numbers)}", prompt, params)
 
     def _run(self, requests: Sequence[Request]) -> list[RequestOutput]:
-        added: list[str] = []
-        done: dict[str, RequestOutput] = {}
+        outputs: list[RequestOutput] = []
         try:
             for request in requests:
-                self.engine.add_request(request)
-                added.append(request.request_id)
-            while len(done) < len(added):
-                done.update((output.request_id, output) for output in self.engine.step() if output.finished)
+                outputs.append(self.engine.add_request(request))
+            for output in outputs:
+                while not output.finished:
+                    self.engine.step()
         finally:
-            for request_id in added:
-                if request_id not in done:
-                    self.engine.abort(request_id)
-        return [done[request.request_id] for request in requests]
+            for output in outputs:
+                if not output.finished:
+                    self.engine.abort(output.request_id)
+        return outputs
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _raise_error(output: RequestOutput) -> None:
-    if output.error is not None:
-        raise RuntimeError(output.error)
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts={prompts!r} must be text, token ids, or a list of these")
+    several: list[Any] = list(prompts)
+    return [several] if several and all(isinstance(item, numbers.Integral) for item in several) else several

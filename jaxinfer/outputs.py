@@ -74,9 +74,19 @@ class RequestState:
         )
 
     def add_token(
-        self, sample: int, token_id: int, logprobs: ScoredTokens | None, row: int, now: float, metrics: EngineMetrics
+        self,
+        sample: int,
+        token_id: int,
+        logprobs: ScoredTokens | None,
+        row: int,
+        now: float,
+        metrics: EngineMetrics,
+        reason: FinishReason | None,
     ) -> str | None:
-        """Append one token. Returns the stop string that its text completes, if any."""
+        """Append one token, which ends the sample where `reason` says so. A stop token is no part of the text.
+
+        Returns the stop string that the token's text completes, if any.
+        """
         completion = self.output.outputs[sample]
         completion.token_ids.append(token_id)
         times = self.output.metrics
@@ -93,17 +103,20 @@ class RequestState:
             completion.logprobs.append(logprobs.entry(row, token_id, num_top, self.decode_token))
             completion.cumulative_logprob += float(logprobs.logprob[row])
         detokenizer = self.detokenizers[sample]
-        if detokenizer is None:
+        if detokenizer is None or (reason == "stop" and not self.request.sampling_params.include_stop_str_in_output):
             return None
         completion.text += detokenizer.add(token_id)
         return detokenizer.stop_string
 
-    def add_prompt_logprobs(self, token_ids: Several[int], logprobs: ScoredTokens) -> None:
-        """Append those of the next prompt positions."""
+    def add_prompt_logprobs(self, first: int, token_ids: Several[int], logprobs: ScoredTokens) -> None:
+        """Append those of prompt positions `first`, `first` + 1, ...; a preempted prompt's come a second time."""
         prompt_logprobs, num_top = self.output.prompt_logprobs, self.request.sampling_params.prompt_logprobs
         assert prompt_logprobs is not None
         assert num_top is not None
+        assert first <= len(prompt_logprobs)
         for row, token_id in enumerate(token_ids):
+            if first + row < len(prompt_logprobs):
+                continue
             prompt_logprobs.append(logprobs.entry(row, token_id, num_top, self.decode_token))
 
     def finish_sample(self, sample: int, reason: FinishReason, stop_reason: int | str | None) -> None:

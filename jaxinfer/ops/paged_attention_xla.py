@@ -129,7 +129,8 @@ def _write(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBat
 def _gather(case: AttentionCase, pool: jax.Array, pages: jax.Array, written: jax.Array) -> jax.Array:
     """Blocks of keys and values from their pages.
 
-    pages [..., n] -> [..., 2, K, n * B, H]; zero where written [..., n * B] is false, whatever a page's last owner left.
+    pages [..., n] -> [..., 2, K, n * B, H]; zero where written [..., n * B] is false, whatever the pages' last
+    owner left.
     """
     heads = 2 * case.num_kv_heads
     chunks = pool.reshape(-1, case.page_size * case.head_dim)
@@ -183,6 +184,9 @@ def _decode(
             "gkqb,gkbh->gkqh", weights.astype(pool.dtype), kv[:, 1], preferred_element_type=jnp.float32
         ).reshape(num_tiles, num_heads, head_dim)
         tile_max = tile_max.reshape(num_tiles, num_heads)
+        # A row with bad numbers stays alone with them: they reach its own maximum, never a sum over all rows' tiles.
+        finite = jnp.isfinite(tile_max)
+        tile_sum, mixed = jnp.where(finite, tile_sum, 0.0), jnp.where(finite[..., None], mixed, 0.0)
 
         first_row = jnp.minimum(row[0], num_rows - touched)
         belongs = ((row - first_row)[:, None] == jnp.arange(touched)) & live[:, None]

@@ -28,15 +28,28 @@ def paged_attend(plan: Plan, batch: DeviceBatch) -> Attend[Pools]:
             prepared[layer.case, layer.group] = layer.backend.prepare(layer.case, batch, layer.group)
 
     def attend(
-        index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, pools: Pools
+        index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, cache: Pools
     ) -> tuple[jax.Array, Pools]:
         layer = plan.layers[index]
+        if k is not None and v is not None:
+            k, v = _with_finite_values(k, v)
         metadata = prepared[layer.case, layer.group]
         run = _run_traced_once
-        out, pool = run(layer.backend, layer.case, layer.group, q, k, v, pools[layer.pool], batch, metadata)
-        return out, (*pools[: layer.pool], pool, *pools[layer.pool + 1 :])
+        out, pool = run(layer.backend, layer.case, layer.group, q, k, v, cache[layer.pool], batch, metadata)
+        return out, (*cache[: layer.pool], pool, *cache[layer.pool + 1 :])
 
     return attend
+
+
+def _with_finite_values(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Values that are not finite become 0, and their key NaN, which says the same to every query that sees it.
+
+    A masked key counts for nothing whatever it is, but a masked value is multiplied by 0, and 0 times NaN is NaN: one
+    bad token would spoil the tokens before it in its chunk (and with them pages that others share), and whoever gets
+    its pages later.
+    """
+    finite = jnp.isfinite(v).all(-1, keepdims=True)
+    return jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
