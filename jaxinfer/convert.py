@@ -114,13 +114,34 @@ def appearing_whole(output: Path) -> Iterator[Path]:
         try:
             yield partial
             partial.rename(output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException:
+            _remove(partial)
+            raise
     except OSError as error:
         raise ValueError(
             f"output={str(output)!r} cannot be written: {error.strerror or error}; "
             f"free some space, or give another path"
         ) from error
+
+
+def _remove(partial: Path) -> None:
+    """Delete a directory into which a failed writer's threads may still write for a moment."""
+    for delay in (0.0, 0.1, 0.3, 1.0):
+        time.sleep(delay)
+        shutil.rmtree(partial, ignore_errors=True)
+        if not partial.exists():
+            return
+
+
+def check_space(partial: Path, params: Mapping[str, Param]) -> None:
+    """ValueError where the file system has no room for these parameters."""
+    needed = sum(param.nbytes for param in params.values())
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise ValueError(
+            f"{partial.parent} has {free / 1e9:.2f} GB free and the weights take {needed / 1e9:.2f} GB; "
+            f"free some space, or give an output elsewhere"
+        )
 
 
 def _from_safetensors(directory: Path, partial: Path, to: str, dtype: str | None, family: Any, config: Any) -> int:
@@ -138,6 +159,7 @@ def _from_safetensors(directory: Path, partial: Path, to: str, dtype: str | None
         there = {path: reader.tensors.get(source.name) for path, source in found.items()}
         stored = {path: info.dtype for path, info in there.items() if info is not None}
         params, abstract, axes = _describe(config, stored, dtype)
+        check_space(partial, params)
         if to == "orbax":
             loaded = load_params(reader, abstract, axes, family, config)
             save_orbax(partial, loaded)
@@ -164,6 +186,7 @@ def _from_orbax(
 
     with OrbaxReader(directory) as reader:
         params, abstract, axes = _describe(config, reader.dtypes, dtype)
+        check_space(partial, params)
         if to == "orbax":
             loaded = load_orbax(directory, abstract, axes)
             save_orbax(partial, loaded)

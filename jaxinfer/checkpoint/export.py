@@ -32,6 +32,10 @@ class Param:
     dtype: np.dtype
 
     @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape in a checkpoint, where heads and what each holds are one dimension."""
         sizes: list[int] = []

@@ -6,8 +6,12 @@ restored straight into the sharding and dtype asked for, whatever they were save
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +49,7 @@ def save_orbax(directory: str | Path, params: Mapping[str, Any]) -> None:
     target = Path(directory).absolute() / PARAMS_DIR
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with _quiet("absl"), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(target, args=ocp.args.PyTreeSave(params))
     except Exception as error:  # tensorstore reports what the file system says through many types
         raise ValueError(f"{target}: the checkpoint could not be written ({_first_line(error)})") from error
@@ -60,7 +64,8 @@ def load_orbax(
 ) -> dict[str, Any]:
     """The nested dict of jax.Arrays that `abstract` describes, restored from a model directory. See load_params.
 
-    Each device reads its own part. ValueError, naming parameters, for missing, unexpected or wrongly shaped ones.
+    Each device reads its own part. Host memory beside the parameters: up to 1 GB of what is being read, or the two
+    largest parameters. ValueError, naming parameters, for missing, unexpected or wrongly shaped ones.
     """
     dtypes = jax.tree.map(
         lambda leaf: dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype, abstract
@@ -77,14 +82,14 @@ class OrbaxReader:
 
     def __init__(self, directory: str | Path) -> None:
         import orbax.checkpoint as ocp
+        from etils import epath  # Orbax's own path type
 
         found = params_dir(directory)
         if found is None:
             raise ValueError(f"{directory} holds no Orbax checkpoint; expected one in {PARAMS_DIR}/")
         self.directory = found.absolute()
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                tree = checkpointer.metadata(self.directory).item_metadata.tree
+            tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.directory)).tree
         except Exception as error:
             raise self._unreadable(error) from error
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -160,6 +165,18 @@ class OrbaxReader:
         return ValueError(f"{self.directory}: Orbax cannot read it ({_first_line(error)}); copy the checkpoint again")
 
 
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a library's logger from printing tracebacks of errors that it raises as well."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
     *parents, name = path.split("/")
     for key in parents:
@@ -172,5 +189,7 @@ def _path_name(path: Any) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))  # what tensorstore says last, and all that matters
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,8 @@ class Tokenizer:
     @cached_property
     def _transformers(self) -> Any:
         """transformers' own tokenizer, imported on first use."""
+        # Its advice at import is to install torch.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         try:
             import transformers
         except ImportError as error:

@@ -182,3 +182,40 @@ def test_hub_id_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="could not be fetched from the hub") as error:
         resolve_model_dir("some-organisation/some-model")
     assert "\n" not in str(error.value)
+
+
+def test_hub_download_takes_only_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Configs, tokenizers and safetensors; no pickles and no second copy of the weights in another layout."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: dict[str, object] = {}
+
+    def download(repo_id: str, **patterns: object) -> str:
+        asked.update(patterns, repo_id=repo_id)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model_dir("meta-llama/Llama-3.1-8B") == tmp_path
+    assert asked.pop("repo_id") == "meta-llama/Llama-3.1-8B"
+    files = ["config.json", "model-1.safetensors", "model.safetensors.index.json", "tokenizer.model", "merges.txt"]
+    others = [
+        "pytorch_model.bin",
+        "original/consolidated.00.pth",
+        "consolidated.safetensors",
+        "onnx/model.onnx",
+        "a.py",
+    ]
+    assert list(filter_repo_objects(files + others, **asked)) == files  # type: ignore[arg-type]
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+    import huggingface_hub
+
+    def download(repo_id: str, **patterns: object) -> str:
+        raise httpx.ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ValueError, match=r"the hub cannot be reached \(ConnectError\); check the network"):
+        resolve_model_dir("some-organisation/some-model")

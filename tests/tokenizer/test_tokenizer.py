@@ -175,3 +175,14 @@ def test_direct_use_needs_no_transformers(model_dirs: dict[str, Path]) -> None:
         "assert not {'transformers', 'jax', 'torch', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_nothing_is_printed(model_dirs: dict[str, Path]) -> None:
+    """No advice to install torch, and no warnings, where transformers is used."""
+    code = (
+        "from jaxinfer.tokenizer import Tokenizer\n"
+        f"t = Tokenizer({str(model_dirs['sentencepiece'])!r})\n"
+        "t.apply_chat_template([{'role': 'user', 'content': 'x'}]); t.encode('word ' * 3000)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    assert result.stderr == ""
