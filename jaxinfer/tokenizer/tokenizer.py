@@ -124,7 +124,7 @@ class Tokenizer:
         _check_characters(text)
         if self._direct is not None:
             return self._direct.encode(text, add_special_tokens=add_special_tokens).ids
-        return list(self._transformers.encode(text, add_special_tokens=add_special_tokens))
+        return list(self._transformers.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids. Bytes that make no character become U+FFFD; ids without a text become nothing."""
