@@ -164,8 +164,8 @@ def gemma4_e(**changes) -> dict:
             num_kv_shared_layers=4,
             layer_types=[sliding, full, sliding, sliding, full, sliding, full],
             use_double_wide_mlp=True,
-            intermediate_size=16,
-            hidden_size_per_layer_input=4,
+            intermediate_size=24,
+            hidden_size_per_layer_input=8,
             vocab_size_per_layer_input=VOCAB,
             final_logit_softcapping=8.0,
         )
@@ -215,7 +215,9 @@ GEMMA4 = [
     ),
     Variant(
         "gemma4_multimodal",
-        gemma4_e(num_attention_heads=2, tie_word_embeddings=True, use_double_wide_mlp=False),
+        gemma4_e(
+            num_attention_heads=2, tie_word_embeddings=True, use_double_wide_mlp=False, hidden_size_per_layer_input=16
+        ),
         rewrite_config=gemma4_multimodal,
         rename=lambda name: name.replace("model.", "model.language_model.", 1),
         ignored_tensors={

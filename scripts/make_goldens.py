@@ -16,8 +16,9 @@ and golden.npz:
     seed       int64            of the weights and prompts
 
 A file is written only after these held: the directory, loaded by transformers, gives the same logits; every weight
-has a gradient; switching off what the variant is about (`ablations`) moves the logits; and every margin is large
-enough for another implementation's rounding not to change a token.
+has a gradient; switching off what the variant is about (`ablations`) moves the logits; every margin is large enough
+for another implementation's rounding not to change a token; and one rounding error in every weight moves no logit
+by more than MAX_ROUNDING, so that a test may ask for 1e-4.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ MIN_MARGIN = 0.02
 MIN_ABLATION = 0.02
 MIN_GRADIENT = 1e-6
 MIN_DISTINCT = 4
+MAX_ROUNDING = 4e-5
 MAX_SEEDS = 200
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -75,6 +77,8 @@ def fill(model: PreTrainedModel, variant: Variant, seed: int) -> None:
             value = 0.3 * noise
         elif "Norm" in owner:
             scale = final_norm if name in ("model.norm.weight", "transformer.ln_f.weight") else 1.0
+            if variant.config["model_type"] == "gemma4_text" and name.endswith(("q_norm.weight", "k_norm.weight")):
+                scale = 0.6  # Gemma 4 does not scale its scores: at 1.0 its attention would be nearly one-hot
             # Gemma 2 and 3 store the weight less one.
             value = scale * (1.0 + 0.3 * noise) - (1.0 if owner in ("Gemma2RMSNorm", "Gemma3RMSNorm") else 0.0)
         elif "Embedding" in owner:
@@ -114,6 +118,19 @@ def continuation(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], 
     if len(set(tokens)) < MIN_DISTINCT:
         raise PoorSeedError(f"{len(set(tokens))} distinct tokens")
     return tokens, margins
+
+
+@torch.no_grad()
+def check_rounding(model: PreTrainedModel, prompt: list[int], logits: np.ndarray) -> None:
+    """PoorSeedError where one float32 rounding error in every weight moves a logit by more than MAX_ROUNDING."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        rounded = copy.deepcopy(model)
+        for parameter in rounded.parameters():
+            parameter.mul_(1 + 2.0**-24 * torch.randn(parameter.shape, generator=generator).sign())
+        moved = float(np.abs(forward(rounded, prompt).numpy() - logits).max())
+        if moved > MAX_ROUNDING:
+            raise PoorSeedError(f"rounding moves the logits by {moved:.1e}")
 
 
 def text_model(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -181,6 +198,7 @@ def try_seed(model: PreTrainedModel, variant: Variant, seed: int) -> tuple[list[
         golden[f"logits_{i}"] = forward(model, prompt).numpy()
         golden[f"greedy_{i}"] = np.array(greedy, np.int32)
         golden[f"margin_{i}"] = np.array(margins, np.float32)
+        check_rounding(model, prompt, golden[f"logits_{i}"])
     return prompts, golden
 
 
