@@ -1,9 +1,16 @@
 """Paged attention in plain XLA: the default on CPU, and what every platform falls back on.
 
 Its work follows the real lengths, not the padded shapes: loops with dynamic trip counts run over tiles of work.
-A decode tile is one block of one sequence's keys; tiles of all decoding sequences are taken a batch at a time and their
+A decode tile is one block of one sequence's keys; tiles of all decoding sequences are taken some at a time, and their
 partial softmaxes merged per sequence (flash decoding). A prefill tile is a block of one sequence's queries, which walks
 the blocks of keys it can see with a running softmax (FlashAttention, arXiv:2205.14135).
+
+The shape of the code follows what XLA's CPU compiler makes of it:
+- a slice of a dot's operand is a copy, so keys and values are gathered apart;
+- a gather of whole (page, head) rows is vectorised and runs on all cores, but not fused with what reshapes it;
+- a loop the compiler takes for small becomes one single-threaded kernel: right for one sequence and for writing tokens,
+  wrong for a batch;
+- a product of a matrix and a vector is inlined code, that of two matrices a library call of some 20 microseconds.
 """
 
 from __future__ import annotations
@@ -17,9 +24,11 @@ from jax import lax
 from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
 
 _MASKED = -1e30  # finite, so that a fully masked tile yields numbers, which the merge then wipes out
-_KEY_BLOCK = 64  # keys per tile, when pages are not larger
-_QUERY_BLOCK = 64
-_DECODE_TILES = 16  # decode tiles worked on at once
+_DECODE_KEYS = 64  # keys per decode tile, when pages are not larger
+_PREFILL_KEYS = 128
+_PREFILL_QUERIES = 128
+_FEW_ROWS = 4  # decode batches up to this size run tile by tile in one kernel
+_MOST_VECTORS = 8  # query heads per kv head above which even one tile is a matrix product
 
 
 @jax.tree_util.register_dataclass
@@ -27,19 +36,27 @@ _DECODE_TILES = 16  # decode tiles worked on at once
 class Metadata:
     """Where things are, for one group of layers, in one step. All int32.
 
-    write_page, write_offset [T]  page and slot in it that each token's key and value go to
+    write_page, write_offset [T]  page, and slot in it, that each token's key and value go to
     num_decodes []                leading rows of exactly one token
-    first_block [S]               first block of keys a decoding row can see
-    decode_tiles [S + 1]          first decode tile of each row, and the number of all
+    num_tiles []                  decode tiles in use
+    tile_row [W]                  row of each decode tile; a row's tiles are neighbours, rows are in order
+    tile_pages [W, pages]         its pages
+    tile_first, tile_end [W]      its visible keys, counted from the tile's first; tiles not in use end at 0
     prefill_tiles [S + 1]         first prefill tile of each row, and the number of all
     """
 
     write_page: jax.Array
     write_offset: jax.Array
     num_decodes: jax.Array
-    first_block: jax.Array
-    decode_tiles: jax.Array
+    num_tiles: jax.Array
+    tile_row: jax.Array
+    tile_pages: jax.Array
+    tile_first: jax.Array
+    tile_end: jax.Array
     prefill_tiles: jax.Array
+
+
+State = tuple[jax.Array, jax.Array, jax.Array]  # running max, sum of weights, weighted values
 
 
 def supports(case: AttentionCase) -> str | None:
@@ -50,39 +67,21 @@ def pool_shape(case: AttentionCase, num_pages: int) -> tuple[int, ...]:
     return (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim)
 
 
-def _pages_per_block(case: AttentionCase) -> int:
-    return max(1, _KEY_BLOCK // case.page_size)
-
-
-def _starts(counts: jax.Array) -> jax.Array:
-    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
-
-
-def _row_of(starts: jax.Array, items: jax.Array) -> jax.Array:
-    """The row whose range [starts[row], starts[row + 1]) each item falls in; rows may be empty."""
-    rows = jnp.sum(starts[1:] <= items[..., None], axis=-1, dtype=jnp.int32)
-    return jnp.minimum(rows, starts.shape[0] - 2)
-
-
 def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> Metadata:
     table = batch.page_tables[group]
-    block = _pages_per_block(case) * case.page_size
-    num_tokens = batch.sequence_ids.shape[0]
-    row = jnp.minimum(batch.sequence_ids, table.shape[0] - 1)
-    column = batch.positions // case.page_size % table.shape[1]
-    page = jnp.where(jnp.arange(num_tokens) < batch.num_tokens, table[row, column], 0)
+    num_tokens, num_sequences = batch.positions.shape[0], table.shape[0]
+    row = jnp.minimum(batch.sequence_ids, num_sequences - 1)
+    page = table[row, batch.positions // case.page_size % table.shape[1]]
     query_len = jnp.diff(batch.query_start)
     decoding = jnp.cumprod(query_len == 1, dtype=jnp.int32)
-    first_block = jnp.zeros_like(batch.kv_len)
-    if case.window is not None:
-        first_block = jnp.maximum(batch.kv_len - case.window, 0) // block
-    query_tiles = -(-query_len // min(_QUERY_BLOCK, num_tokens))
+    query_tiles = -(-query_len // min(_PREFILL_QUERIES, num_tokens))
+    num_tiles, tiles = _decode_tiles(case, batch.kv_len, decoding, table, min(num_tokens, num_sequences))
     return Metadata(
-        write_page=page,
+        write_page=jnp.where(jnp.arange(num_tokens) < batch.num_tokens, page, 0),
         write_offset=batch.positions % case.page_size,
         num_decodes=jnp.sum(decoding, dtype=jnp.int32),
-        first_block=first_block,
-        decode_tiles=_starts(decoding * (-(-batch.kv_len // block) - first_block)),
+        num_tiles=num_tiles,
+        **tiles,
         prefill_tiles=_starts((1 - decoding) * query_tiles),
     )
 
@@ -101,16 +100,46 @@ def run(
     if k is not None and v is not None:
         pool = _write(case, jnp.stack([k, v], axis=1).astype(pool.dtype), pool, batch, metadata)
     table = batch.page_tables[group]
-    scaled = (q * case.scale).astype(pool.dtype)
-    start = jnp.zeros(case.num_heads) if sinks is None else sinks.astype(jnp.float32)
-    start = (jnp.where(case.has_sinks, start, _MASKED), jnp.full(case.num_heads, float(case.has_sinks)))
     num_rows = min(table.shape[0], q.shape[0])
-    out = _decode(case, scaled[:num_rows], pool, table, batch, metadata, start)
+    scaled = (q * case.scale).astype(pool.dtype)
+    start = (jnp.full(case.num_heads, _MASKED), jnp.zeros(case.num_heads))
+    if case.has_sinks:
+        assert sinks is not None
+        start = (sinks.astype(jnp.float32), jnp.ones(case.num_heads))
+    out = _decode(case, scaled[:num_rows], pool, metadata, start)
     if q.shape[0] > 1:
         prefill = _prefill(case, scaled, pool, table, batch, metadata, start)
         decoding = jnp.arange(num_rows)[:, None, None] < metadata.num_decodes
         out = prefill.at[:num_rows].set(jnp.where(decoding, out, prefill[:num_rows]))
     return out.astype(q.dtype), pool
+
+
+def _starts(counts: jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+
+
+def _row_of(starts: jax.Array, items: jax.Array) -> jax.Array:
+    """The row in whose range [starts[row], starts[row + 1]) each item falls; rows may be empty."""
+    rows = jnp.sum(starts[1:] <= items[..., None], axis=-1, dtype=jnp.int32)
+    return jnp.minimum(rows, starts.shape[0] - 2)
+
+
+def _pages_in(case: AttentionCase, keys: int) -> int:
+    return max(1, keys // case.page_size)
+
+
+def _tiles_at_once(case: AttentionCase, num_rows: int) -> int:
+    if case.platform != "cpu":
+        return 64
+    return 1 if num_rows <= _FEW_ROWS else min(16, num_rows)
+
+
+def _unhoisted(case: AttentionCase, values: jax.Array) -> jax.Array:
+    """Ascending values as they are, in such a way that XLA's CPU compiler leaves the loop around them in pieces.
+
+    It makes one single-threaded kernel of a loop that it takes for small, but not of one that sorts.
+    """
+    return lax.sort(values) if case.platform == "cpu" else values
 
 
 def _write(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBatch, metadata: Metadata) -> jax.Array:
@@ -126,86 +155,128 @@ def _write(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBat
     return lax.fori_loop(0, batch.num_tokens, write_token, pool)
 
 
-def _gather(case: AttentionCase, pool: jax.Array, pages: jax.Array, written: jax.Array) -> jax.Array:
-    """Blocks of keys and values from their pages.
+def _gather(
+    case: AttentionCase, pool: jax.Array, pages: jax.Array, which: int, alive: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    """Keys (which 0) or values (1) of tiles: pages [tiles, n] -> [tiles, K, n * B, H].
 
-    pages [..., n] -> [..., 2, K, n * B, H]; zero where written [..., n * B] is false, whatever the pages' last
-    owner left.
+    alive: first and end [tiles] of the slots that count; the others become zero, whatever a page's last owner left in
+    them. Keys need none: their logits are masked.
     """
-    heads = 2 * case.num_kv_heads
-    chunks = pool.reshape(-1, case.page_size * case.head_dim)
-    index = pages[..., None, :] * heads + jnp.arange(heads)[:, None]
-    block = chunks.at[index].get(mode="promise_in_bounds")
-    block = block.reshape(*pages.shape[:-1], 2, case.num_kv_heads, -1, case.head_dim)
-    return jnp.where(written[..., None, None, :, None], block, 0)
+    num_tiles, pages_per_tile = pages.shape
+    page_size, heads = case.page_size, jnp.arange(case.num_kv_heads)
+    index = pages[:, None] * (2 * case.num_kv_heads) + which * case.num_kv_heads + heads[:, None]
+    rows = pool.reshape(-1, page_size, case.head_dim).at[index.reshape(-1)].get(mode="promise_in_bounds")
+    if alive is not None:
+        before = jnp.arange(pages_per_tile) * page_size
+        first, end = (jnp.broadcast_to((x[:, None] - before)[:, None], index.shape).reshape(-1, 1) for x in alive)
+        slot = jnp.arange(page_size)
+        rows = jnp.where(((slot >= first) & (slot < end))[..., None], rows, 0)
+    if num_tiles > 1:
+        rows = lax.optimization_barrier(rows)
+    return rows.reshape(num_tiles, case.num_kv_heads, pages_per_tile * page_size, case.head_dim)
 
 
-def _cap(case: AttentionCase, logits: jax.Array) -> jax.Array:
-    return logits if case.soft_cap is None else case.soft_cap * jnp.tanh(logits / case.soft_cap)
+def _logits(case: AttentionCase, q: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
+    """q [tiles, K, Q, H], keys [tiles, K, block, H], seen [tiles, Q or 1, block] -> [tiles, K, Q, block] float32."""
+    if _by_vectors(case, q):
+        heads = [jnp.einsum("gkh,gkbh->gkb", q[:, :, i], keys) for i in range(q.shape[2])]
+        logits = jnp.stack(heads, axis=2).astype(jnp.float32)
+    else:
+        logits = jnp.einsum("gkqh,gkbh->gkqb", q, keys, preferred_element_type=jnp.float32)
+    if case.soft_cap is not None:
+        logits = case.soft_cap * jnp.tanh(logits / case.soft_cap)
+    return jnp.where(seen[:, None], logits, _MASKED)
+
+
+def _mix(case: AttentionCase, weights: jax.Array, values: jax.Array) -> jax.Array:
+    """weights [tiles, K, Q, block], values [tiles, K, block, H] -> [tiles, K, Q, H] float32."""
+    weights = weights.astype(values.dtype)
+    if _by_vectors(case, weights):
+        heads = [jnp.einsum("gkb,gkbh->gkh", weights[:, :, i], values) for i in range(weights.shape[2])]
+        return jnp.stack(heads, axis=2).astype(jnp.float32)
+    return jnp.einsum("gkqb,gkbh->gkqh", weights, values, preferred_element_type=jnp.float32)
+
+
+def _by_vectors(case: AttentionCase, left: jax.Array) -> bool:
+    return case.platform == "cpu" and left.shape[0] == 1 and left.shape[2] <= _MOST_VECTORS
+
+
+def _decode_tiles(
+    case: AttentionCase, kv_len: jax.Array, decoding: jax.Array, table: jax.Array, num_rows: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cut the keys of the decoding rows into tiles: their number, and the tile arrays of Metadata."""
+    width, pages_per_tile = table.shape[1], _pages_in(case, _DECODE_KEYS)
+    block = pages_per_tile * case.page_size
+    at_once = _tiles_at_once(case, num_rows)
+    first_block = jnp.zeros_like(kv_len) if case.window is None else jnp.maximum(kv_len - case.window, 0) // block
+    starts = _starts((decoding * (-(-kv_len // block) - first_block))[:num_rows])
+    total = starts[-1]
+    capacity = num_rows * (-(-width // pages_per_tile) + 1)
+    capacity = -(-capacity // at_once) * at_once
+
+    def fill(i: jax.Array, tiles: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        tile = i * at_once + jnp.arange(at_once)
+        used = jnp.minimum(tile, total - 1)
+        row = _row_of(starts, used)
+        key_block = first_block[row] + used - starts[row]
+        columns = (key_block[:, None] * pages_per_tile + jnp.arange(pages_per_tile)) % width
+        end = kv_len[row] - key_block * block
+        some = {
+            "tile_row": row,
+            "tile_pages": table[row[:, None], columns],
+            "tile_first": jnp.zeros_like(end) if case.window is None else end - case.window,
+            "tile_end": jnp.where(tile < total, end, 0),
+        }
+        return {name: lax.dynamic_update_slice_in_dim(tiles[name], some[name], i * at_once, 0) for name in tiles}
+
+    tiles = {name: jnp.zeros(capacity, jnp.int32) for name in ("tile_row", "tile_first", "tile_end")}
+    tiles["tile_pages"] = jnp.zeros((capacity, pages_per_tile), jnp.int32)
+    return total, lax.fori_loop(0, -(-total // at_once), fill, tiles)
 
 
 def _decode(
-    case: AttentionCase,
-    q: jax.Array,
-    pool: jax.Array,
-    table: jax.Array,
-    batch: RaggedBatch,
-    metadata: Metadata,
-    start: tuple[jax.Array, jax.Array],
+    case: AttentionCase, q: jax.Array, pool: jax.Array, metadata: Metadata, start: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
-    """q [R, N, H], one query a row -> [R, N, H] float32."""
+    """q [R, N, H], one query a row, start: max and sum [N] to begin with -> [R, N, H] float32."""
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, group_size = case.num_kv_heads, case.group_size
-    pages_per_block = _pages_per_block(case)
-    block = pages_per_block * case.page_size
-    num_tiles = min(_DECODE_TILES, max(2, num_rows))
-    touched = min(num_tiles, num_rows)  # a run of tiles belongs to a run of rows
-    grouped = q.reshape(num_rows, num_kv_heads, group_size, head_dim)
-    total = metadata.decode_tiles[-1]
+    at_once = _tiles_at_once(case, num_rows)
+    touched = min(at_once, num_rows)  # so many neighbouring rows at most that the tiles of one step belong to
+    grouped = q.reshape(num_rows, case.num_kv_heads, case.group_size, head_dim)
+    slot = jnp.arange(_pages_in(case, _DECODE_KEYS) * case.page_size)
 
-    def step(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        tile = i * num_tiles + jnp.arange(num_tiles)
-        live = tile < total
-        row = _row_of(metadata.decode_tiles, jnp.minimum(tile, total - 1))
-        key_block = metadata.first_block[row] + tile - metadata.decode_tiles[row]
-        columns = (key_block[:, None] * pages_per_block + jnp.arange(pages_per_block)) % table.shape[1]
-        pages = jnp.where(live[:, None], table[row[:, None], columns], 0)
-        position = key_block[:, None] * block + jnp.arange(block)
-        seen = (position < batch.kv_len[row][:, None]) & live[:, None]
-        kv = _gather(case, pool, pages, seen)
-        if case.window is not None:
-            seen &= position >= (batch.kv_len[row] - case.window)[:, None]
-        logits = jnp.einsum("gkqh,gkbh->gkqb", grouped[row], kv[:, 0], preferred_element_type=jnp.float32)
-        logits = jnp.where(seen[:, None, None], _cap(case, logits), _MASKED)
+    def step(i: jax.Array, state: State) -> State:
+        row, pages, first, end = (
+            lax.dynamic_slice_in_dim(part, i * at_once, at_once)
+            for part in (metadata.tile_row, metadata.tile_pages, metadata.tile_first, metadata.tile_end)
+        )
+        if at_once > 1:
+            row = _unhoisted(case, row)
+        seen = (slot >= first[:, None]) & (slot < end[:, None])
+        logits = _logits(case, grouped[row], _gather(case, pool, pages, 0, None), seen[:, None])
         tile_max = logits.max(-1)
         weights = jnp.exp(logits - tile_max[..., None])
-        tile_sum = weights.sum(-1).reshape(num_tiles, num_heads)
-        mixed = jnp.einsum(
-            "gkqb,gkbh->gkqh", weights.astype(pool.dtype), kv[:, 1], preferred_element_type=jnp.float32
-        ).reshape(num_tiles, num_heads, head_dim)
-        tile_max = tile_max.reshape(num_tiles, num_heads)
-        # A row with bad numbers stays alone with them: they reach its own maximum, never a sum over all rows' tiles.
-        finite = jnp.isfinite(tile_max)
-        tile_sum, mixed = jnp.where(finite, tile_sum, 0.0), jnp.where(finite[..., None], mixed, 0.0)
+        tile_sum = weights.sum(-1).reshape(at_once, num_heads)
+        mixed = _mix(case, weights, _gather(case, pool, pages, 1, (first, end)))
+        mixed, tile_max = mixed.reshape(at_once, num_heads, head_dim), tile_max.reshape(at_once, num_heads)
 
         first_row = jnp.minimum(row[0], num_rows - touched)
-        belongs = ((row - first_row)[:, None] == jnp.arange(touched)) & live[:, None]
+        belongs = ((row - first_row)[:, None] == jnp.arange(touched)) & (end > 0)[:, None]
         old_max, old_sum, old_mixed = (lax.dynamic_slice_in_dim(part, first_row, touched) for part in state)
         new_max = jnp.maximum(old_max, jnp.where(belongs[..., None], tile_max[:, None], _MASKED).max(0))
         share = jnp.where(belongs[..., None], jnp.exp(tile_max[:, None] - new_max), 0.0)
         keep = jnp.exp(old_max - new_max)
-        new = (
-            new_max,
-            old_sum * keep + (share * tile_sum[:, None]).sum(0),
-            old_mixed * keep[..., None] + (share[..., None] * mixed[:, None]).sum(0),
-        )
-        return tuple(
-            lax.dynamic_update_slice_in_dim(part, value, first_row, 0) for part, value in zip(state, new, strict=True)
+        new_sum = old_sum * keep + (share * tile_sum[:, None]).sum(0)
+        new_mixed = old_mixed * keep[..., None] + (share[..., None] * mixed[:, None]).sum(0)
+        return (
+            lax.dynamic_update_slice_in_dim(state[0], new_max, first_row, 0),
+            lax.dynamic_update_slice_in_dim(state[1], new_sum, first_row, 0),
+            lax.dynamic_update_slice_in_dim(state[2], new_mixed, first_row, 0),
         )
 
-    state = tuple(jnp.broadcast_to(part, (num_rows, num_heads)) for part in start)
-    state = (*state, jnp.zeros((num_rows, num_heads, head_dim)))
-    _, weight, mixed = lax.fori_loop(0, -(-total // num_tiles), step, state)
+    most, weight = (jnp.broadcast_to(part, (num_rows, num_heads)) for part in start)
+    state = (most, weight, jnp.zeros((num_rows, num_heads, head_dim)))
+    _, weight, mixed = lax.fori_loop(0, -(-metadata.num_tiles // at_once), step, state)
     return mixed / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)[..., None]
 
 
@@ -218,49 +289,52 @@ def _prefill(
     metadata: Metadata,
     start: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
-    """q [T, N, H] -> [T, N, H] float32, the rows of more than one query filled in."""
+    """q [T, N, H], start as in `_decode` -> [T, N, H] float32, the rows of more than one query filled in."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, group_size = case.num_kv_heads, case.group_size
-    pages_per_block = _pages_per_block(case)
+    pages_per_block = _pages_in(case, _PREFILL_KEYS)
     block = pages_per_block * case.page_size
-    num_queries = min(_QUERY_BLOCK, num_tokens)
+    num_queries = min(_PREFILL_QUERIES, num_tokens)
+    heads = (1, num_kv_heads, group_size * num_queries)
 
     def tile(i: jax.Array, out: jax.Array) -> jax.Array:
         row = _row_of(metadata.prefill_tiles, i)
         end, length = batch.query_start[row + 1], batch.kv_len[row]
         own_first = batch.query_start[row] + (i - metadata.prefill_tiles[row]) * num_queries
         own_end = jnp.minimum(own_first + num_queries, end)
-        first = jnp.minimum(own_first, num_tokens - num_queries)
+        first = jnp.minimum(own_first, num_tokens - num_queries)  # the last tile may begin in another row's tokens
         token = first + jnp.arange(num_queries)
         position = length - end + token
+        oldest = jnp.zeros((), jnp.int32)
+        if case.window is not None:
+            oldest = jnp.maximum(length - end + own_first - case.window + 1, 0)
         queries = lax.dynamic_slice_in_dim(q, first, num_queries)
         queries = queries.reshape(num_queries, num_kv_heads, group_size, head_dim).transpose(1, 2, 0, 3)
+        queries = queries.reshape(1, num_kv_heads, group_size * num_queries, head_dim)
 
-        def key_block(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def key_block(j: jax.Array, state: State) -> State:
             old_max, old_sum, old_mixed = state
-            columns = (j * pages_per_block + jnp.arange(pages_per_block)) % table.shape[1]
+            columns = _unhoisted(case, j * pages_per_block + jnp.arange(pages_per_block)) % table.shape[1]
+            pages = table[row, columns][None]
             key_position = j * block + jnp.arange(block)
-            kv = _gather(case, pool, table[row, columns], key_position < length)
             seen = key_position <= position[:, None]
             if case.window is not None:
                 seen &= key_position > position[:, None] - case.window
-            logits = jnp.einsum("kgqh,kbh->kgqb", queries, kv[0], preferred_element_type=jnp.float32)
-            logits = jnp.where(seen, _cap(case, logits), _MASKED)
+            seen = jnp.tile(seen, (group_size, 1))[None]
+            alive = (jnp.reshape(limit - j * block, 1) for limit in (oldest, length))
+            logits = _logits(case, queries, _gather(case, pool, pages, 0, None), seen)
             new_max = jnp.maximum(old_max, logits.max(-1))
             weights = jnp.exp(logits - new_max[..., None])
             keep = jnp.exp(old_max - new_max)
-            mixed = jnp.einsum("kgqb,kbh->kgqh", weights.astype(pool.dtype), kv[1], preferred_element_type=jnp.float32)
+            mixed = _mix(case, weights, _gather(case, pool, pages, 1, tuple(alive)))
             return new_max, old_sum * keep + weights.sum(-1), old_mixed * keep[..., None] + mixed
 
-        first_block = jnp.zeros((), jnp.int32)
-        if case.window is not None:
-            first_block = jnp.maximum(length - end + own_first - case.window + 1, 0) // block
-        last_block = (length - end + own_end - 1) // block
-        heads = (num_kv_heads, group_size, num_queries)
-        state = tuple(jnp.broadcast_to(part.reshape(num_kv_heads, group_size, 1), heads) for part in start)
-        state = (*state, jnp.zeros((*heads, head_dim)))
-        _, weight, mixed = lax.fori_loop(first_block, last_block + 1, key_block, state)
-        mixed = (mixed / weight[..., None]).transpose(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
+        newest = length - end + own_end - 1
+        most, weight = (jnp.repeat(part, num_queries).reshape(heads) for part in start)
+        state = (most, weight, jnp.zeros((*heads, head_dim)))
+        _, weight, mixed = lax.fori_loop(oldest // block, newest // block + 1, key_block, state)
+        mixed = (mixed / weight[..., None]).reshape(num_kv_heads, group_size, num_queries, head_dim)
+        mixed = mixed.transpose(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
         own = ((token >= own_first) & (token < own_end))[:, None, None]
         mixed = jnp.where(own, mixed, lax.dynamic_slice_in_dim(out, first, num_queries))
         return lax.dynamic_update_slice_in_dim(out, mixed, first, 0)

@@ -22,7 +22,7 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Write k and v into their pages, then let every query see its sequence's keys up to its own position.
 
-    q            [T, N, H]; the queries of row s are tokens query_start[s] to query_start[s + 1], the newest of its kv_len[s]
+    q            [T, N, H]; tokens query_start[s] to query_start[s + 1] are row s's, the newest of its kv_len[s]
     k, v         [T, K, H], or None when the pool holds this step's keys and values already
     pool         [pages, 2, K, B, H], keys at [:, 0] and values at [:, 1]; page 0 takes the writes of padding tokens
     page_table   int32 [S, P]; logical page j of row s is page_table[s, j % P], so a window's table may be a ring

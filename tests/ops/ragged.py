@@ -32,14 +32,15 @@ def make_case(**changes: object) -> AttentionCase:
 class Ragged:
     """Sequences of cached tokens plus new ones, decodes first, laid out in a shuffled pool full of NaN.
 
-    lengths [(cached, new)]; num_tokens and num_sequences are the padded T and S; table_width None: no ring.
+    lengths [(cached, new)]; num_tokens and num_sequences are the padded T and S. A table_width that is less than the
+    longest sequence's pages makes the tables rings.
     """
 
     case: AttentionCase
     lengths: list[tuple[int, int]]
     num_tokens: int
     num_sequences: int
-    table_width: int | None = None
+    table_width: int
     seed: int = 0
     keys: list[np.ndarray] = field(init=False)
     values: list[np.ndarray] = field(init=False)
@@ -53,12 +54,12 @@ class Ragged:
         self.queries = [rng.normal(size=(n, case.num_heads, case.head_dim)).astype(np.float32) for _, n in self.lengths]
         self.sinks = rng.normal(size=case.num_heads).astype(np.float32) if case.has_sinks else None
         pages_needed = [-(-(c + n) // page) for c, n in self.lengths]
-        width = self.table_width or max([*pages_needed, 1]) + int(rng.integers(3))
+        width = self.table_width
         held = [min(needed, width) for needed in pages_needed]
-        self.num_pages = 1 + sum(held) + 3
-        free = list(rng.permutation(np.arange(1, self.num_pages)))
+        num_pages = 1 + self.num_sequences * width
+        free = list(rng.permutation(np.arange(1, num_pages)))
         table = np.zeros((self.num_sequences, width), np.int32)
-        self.pool = np.full((self.num_pages, 2, case.num_kv_heads, page, case.head_dim), np.nan, np.float32)
+        self.pool = np.full((num_pages, 2, case.num_kv_heads, page, case.head_dim), np.nan, np.float32)
         tokens: list[tuple[int, int]] = []
         for row, ((cached, new), n) in enumerate(zip(self.lengths, held, strict=True)):
             table[row, :n] = [free.pop() for _ in range(n)]
@@ -86,17 +87,21 @@ class Ragged:
             ),
         )
 
-    def flat(self, parts: list[np.ndarray], fill: float = np.nan) -> np.ndarray:
-        """Rows of new tokens, flat, padded with `fill` to T."""
-        joined = np.concatenate(parts)
-        return np.concatenate([joined, np.full((self.num_tokens - len(joined), *joined.shape[1:]), fill, np.float32)])
+    def flat(self, parts: list[np.ndarray], num_heads: int) -> np.ndarray:
+        """Rows of new tokens, flat, padded with NaN to T."""
+        padded = np.full((self.num_tokens, num_heads, self.case.head_dim), np.nan, np.float32)
+        if parts:
+            joined = np.concatenate(parts)
+            padded[: len(joined)] = joined
+        return padded
 
     def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """q, k, v of this step's tokens."""
         new = [n for _, n in self.lengths]
         keys = [k[len(k) - n :] for k, n in zip(self.keys, new, strict=True)]
         values = [v[len(v) - n :] for v, n in zip(self.values, new, strict=True)]
-        return self.flat(self.queries), self.flat(keys), self.flat(values)
+        kv_heads = self.case.num_kv_heads
+        return self.flat(self.queries, self.case.num_heads), self.flat(keys, kv_heads), self.flat(values, kv_heads)
 
     def expected(self) -> np.ndarray:
         """Attention of every real token, [num real, N, H], one query and one head at a time, in float64."""
