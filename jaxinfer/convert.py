@@ -29,7 +29,7 @@ FORMATS = ("orbax", "safetensors")
 DTYPES = ("float32", "bfloat16", "float16")
 DONE, NOT_DONE, INTERRUPTED = 0, 2, 130
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("jaxinfer.convert")  # also when run as __main__
 
 
 def parser() -> OneLineParser:
