@@ -261,7 +261,7 @@ def _decode(
         mixed, tile_max = mixed.reshape(at_once, num_heads, head_dim), tile_max.reshape(at_once, num_heads)
 
         first_row = jnp.minimum(row[0], num_rows - touched)
-        belongs = ((row - first_row)[:, None] == jnp.arange(touched)) & (end > 0)[:, None]
+        belongs = (row - first_row)[:, None] == jnp.arange(touched)  # a tile not in use is masked to a share of 0
         old_max, old_sum, old_mixed = (lax.dynamic_slice_in_dim(part, first_row, touched) for part in state)
         new_max = jnp.maximum(old_max, jnp.where(belongs[..., None], tile_max[:, None], _MASKED).max(0))
         share = jnp.where(belongs[..., None], jnp.exp(tile_max[:, None] - new_max), 0.0)
@@ -321,12 +321,12 @@ def _prefill(
             if case.window is not None:
                 seen &= key_position > position[:, None] - case.window
             seen = jnp.tile(seen, (group_size, 1))[None]
-            alive = (jnp.reshape(limit - j * block, 1) for limit in (oldest, length))
+            alive = (jnp.reshape(oldest - j * block, 1), jnp.reshape(length - j * block, 1))
             logits = _logits(case, queries, _gather(case, pool, pages, 0, None), seen)
             new_max = jnp.maximum(old_max, logits.max(-1))
             weights = jnp.exp(logits - new_max[..., None])
             keep = jnp.exp(old_max - new_max)
-            mixed = _mix(case, weights, _gather(case, pool, pages, 1, tuple(alive)))
+            mixed = _mix(case, weights, _gather(case, pool, pages, 1, alive))
             return new_max, old_sum * keep + weights.sum(-1), old_mixed * keep[..., None] + mixed
 
         newest = length - end + own_end - 1

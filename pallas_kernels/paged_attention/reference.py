@@ -53,8 +53,7 @@ def paged_attention(
     written = (key_position >= 0) & (key_position < kv_len[:, None])
     gathered = pool[page_table].astype(jnp.float32).transpose(0, 2, 3, 1, 4, 5)  # [S, 2, K, P, B, H]
     gathered = gathered.reshape(num_sequences, 2, num_kv_heads, -1, head_dim)
-    gathered = jnp.where(written[:, None, None, :, None], gathered, 0.0)[row]
-    keys, values = gathered[:, 0], gathered[:, 1]
+    keys, values = gathered[row, 0], gathered[row, 1]
 
     grouped = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     logits = jnp.einsum("tkgh,tkjh->tkgj", grouped, keys, precision="highest") * scale
@@ -63,7 +62,9 @@ def paged_attention(
     seen = written[row] & (key_position[row] <= position[:, None])
     if window is not None:
         seen &= key_position[row] > position[:, None] - window
-    logits = jnp.where((seen & real[:, None])[:, None, None], logits, -jnp.inf)
+    seen &= real[:, None]
+    values = jnp.where(seen[:, None, :, None], values, 0.0)  # 0 times what a page's last owner left may be NaN
+    logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
     if sinks is not None:
         sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1), (*logits.shape[:-1], 1))
         logits = jnp.concatenate([logits, sink], axis=-1)

@@ -32,6 +32,8 @@ def make_case(**changes: object) -> AttentionCase:
 class Ragged:
     """Sequences of cached tokens plus new ones, decodes first, laid out in a shuffled pool full of NaN.
 
+    What no query of the step may see, because it left the window, is NaN too.
+
     lengths [(cached, new)]; num_tokens and num_sequences are the padded T and S. A table_width that is less than the
     longest sequence's pages makes the tables rings.
     """
@@ -63,7 +65,8 @@ class Ragged:
         tokens: list[tuple[int, int]] = []
         for row, ((cached, new), n) in enumerate(zip(self.lengths, held, strict=True)):
             table[row, :n] = [free.pop() for _ in range(n)]
-            for position in range(cached):
+            seen = 0 if case.window is None else max(0, cached - case.window + 1)
+            for position in range(seen, cached):
                 slot = table[row, position // page % width]
                 self.pool[slot, 0, :, position % page] = self.keys[row][position]
                 self.pool[slot, 1, :, position % page] = self.values[row][position]
