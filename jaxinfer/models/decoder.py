@@ -127,8 +127,11 @@ class Decoder(nnx.Module):
         if self.positions is not None:
             x = x + self.positions(positions)
         per_layer = None if self.per_layer is None else self.per_layer(tokens, x)
-        ropes = {layer.rope for layer in self.config.layers if layer.rope is not None}
-        rotations = {rope: rotation(rope, positions, context_len) for rope in ropes}
+        # In the layers' order: a set's differs between processes, and so would the programs, which are kept on disk.
+        rotations = {}
+        for rope in (layer.rope for layer in self.config.layers):
+            if rope is not None and rope not in rotations:
+                rotations[rope] = rotation(rope, positions, context_len)
         for index, (layer, layer_config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             graph, state = nnx.split(layer)
             cos_sin = None if layer_config.rope is None else rotations[layer_config.rope]
