@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -215,9 +216,13 @@ def _progress(wanted: bool | None, total: int | None) -> Iterator[Callable[[int]
         yield lambda num_tokens: None
         return
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     tokens, started = 0, time.monotonic()
-    with tqdm(total=total, unit=" lines", file=sys.stderr, dynamic_ncols=True) as bar:
+    # A pseudo-terminal may say that it is 0 by 0, and tqdm then shows nothing; shutil says 80 by 24.
+    size = shutil.get_terminal_size()
+    shape = {"ncols": min(size.columns, 100), "nrows": size.lines}
+    with logging_redirect_tqdm(), tqdm(total=total, unit=" lines", file=sys.stderr, **shape) as bar:
 
         def on_line(num_tokens: int) -> None:
             nonlocal tokens
