@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 STRIDE = demo_data.WINDOW // 2
 SAMPLE_TOKENS = 96
+SAMPLE_LENGTH = 256  # of prompt and completion, padding included: one compiled program
 SAMPLE_PROMPTS = (
     'def read_lines(path):\n    """Return the lines of a text file without their newlines."""\n',
     "class Stack:\n    def __init__(self):\n        self._items = []\n\n    def push(self, item):\n",
@@ -95,21 +96,19 @@ def inference(params: Params, preset: Preset) -> Callable[[jax.Array], jax.Array
 
     fused = fuse(params, preset)
     float32 = jnp.dtype("float32")
-    transposed = transpose_matrices(fused, float32)
-    return lambda tokens: forward(fused, transposed, tokens, preset, float32)
+    compiled = jax.jit(partial(forward, preset=preset, dtype=float32))
+    return partial(compiled, fused, transpose_matrices(fused, float32))
 
 
-def bits_per_byte(params: Params, preset: Preset, tokenizer: Tokenizer, texts: list[str]) -> float:
+def bits_per_byte(logits_of: Callable[[jax.Array], jax.Array], tokenizer: Tokenizer, texts: list[str]) -> float:
     """Total cost of the texts, each alone after END_OF_TEXT, over their UTF-8 bytes.
 
     A text longer than the context is scored in windows of WINDOW tokens that advance by half of it.
     """
-    logits_of = inference(params, preset)
 
     @jax.jit
-    def cost(tokens, first, last):
-        logits = logits_of(tokens[:-1])
-        nats = jax.nn.logsumexp(logits, axis=0) - jnp.take_along_axis(logits, tokens[None, 1:], axis=0)[0]
+    def cost(logits, targets, first, last):
+        nats = jax.nn.logsumexp(logits, axis=0) - jnp.take_along_axis(logits, targets[None], axis=0)[0]
         index = jnp.arange(nats.shape[0])
         return jnp.where((index >= first) & (index < last), nats, 0).sum()
 
@@ -122,30 +121,24 @@ def bits_per_byte(params: Params, preset: Preset, tokenizer: Tokenizer, texts: l
             window = ids[start : start + demo_data.WINDOW + 1]
             padded = np.full(demo_data.WINDOW + 1, 1, np.int32)
             padded[: len(window)] = window
-            total += float(cost(jnp.asarray(padded), scored - start, len(window) - 1))
+            logits = logits_of(jnp.asarray(padded[:-1]))
+            total += float(cost(logits, jnp.asarray(padded[1:]), scored - start, len(window) - 1))
             scored = start + len(window) - 1
             start += STRIDE
     return total / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
-def complete(params: Params, preset: Preset, tokenizer: Tokenizer, prompt: str, temperature: float) -> str:
+def complete(logits_of: Callable[[jax.Array], jax.Array], tokenizer: Tokenizer, prompt: str, temperature: float) -> str:
     """The continuation of a prompt by at most SAMPLE_TOKENS tokens; temperature 0 is greedy."""
-    logits_of = inference(params, preset)
-
-    @partial(jax.jit, static_argnums=2)
-    def next_token(tokens, length, temperature):
-        logits = logits_of(tokens)[:, length - 1]
-        if temperature == 0:
-            return jnp.argmax(logits)
-        return jax.random.categorical(jax.random.fold_in(jax.random.key(0), length), logits / temperature)
-
     ids = tokenizer.encode(prompt).ids
-    begin = len(ids)
-    padded = np.full(begin + SAMPLE_TOKENS, 1, np.int32)
+    begin = end = len(ids)
+    padded = np.full(SAMPLE_LENGTH, 1, np.int32)
     padded[:begin] = ids
-    end = begin
-    while end < len(padded):
-        token = int(next_token(jnp.asarray(padded), end, temperature))
+    while end < begin + SAMPLE_TOKENS:
+        logits = logits_of(jnp.asarray(padded))[:, end - 1]
+        if temperature > 0:
+            logits = logits / temperature + jax.random.gumbel(jax.random.fold_in(jax.random.key(0), end), logits.shape)
+        token = int(jnp.argmax(logits))
         if token == 0:
             break
         padded[end] = token
@@ -165,6 +158,7 @@ def export(
     """Writes the checkpoint, then `training.json` with what was measured on the bfloat16 weights, then the card."""
     write_checkpoint(directory, params, preset, tokenizer)
     rounded = load_params(directory)
+    logits_of = inference(rounded, preset)
     digest = hashlib.sha256("".join(name + text for name, text in training.items()).encode()).hexdigest()
     record = {
         "parameters": int(sum(array.size for array in rounded.values())),
@@ -181,9 +175,9 @@ def export(
         "training_sha256": digest,
         "held_out": sorted(held_out),
         "held_out_bytes": sum(len(text.encode()) for text in held_out.values()),
-        "bits_per_byte": round(bits_per_byte(rounded, preset, tokenizer, list(held_out.values())), 4),
+        "bits_per_byte": round(bits_per_byte(logits_of, tokenizer, list(held_out.values())), 4),
         "samples": [
-            {"prompt": prompt, "temperature": t, "completion": complete(rounded, preset, tokenizer, prompt, t)}
+            {"prompt": prompt, "temperature": t, "completion": complete(logits_of, tokenizer, prompt, t)}
             for prompt, t in zip(SAMPLE_PROMPTS, (0.0, 0.0, 0.7), strict=True)
         ],
     }
@@ -210,7 +204,7 @@ def write_card(assets: Path) -> None:
     )
     commands = "\n".join("python " + r["command"] for r in records.values())
     r = any_record
-    vocabulary, window = demo_data.VOCAB_SIZE, demo_data.WINDOW
+    vocabulary, window, digest = demo_data.VOCAB_SIZE, demo_data.WINDOW, r["training_sha256"][:16]
     megabytes, tokens = f"{r['training_bytes'] / 1e6:.2f} MB", f"{r['training_tokens'] / 1e6:.2f} M tokens"
     distilled = [name for name, record in records.items() if "--teacher" in record["command"]]
     teaching = "".join(f" Half of the target of `{name}` is what the main model predicts." for name in distilled)
@@ -228,7 +222,7 @@ bfloat16, with a context of {window} tokens and a byte-level BPE vocabulary of {
 ## Data
 
 The source of the Python {r["python"]} standard library (licence: PSF-2.0), without its tests, generated tables and
-data: {r["training_modules"]} files, {megabytes}, {tokens} (SHA-256 of names and texts `{r["training_sha256"][:16]}...`).
+data: {r["training_modules"]} files, {megabytes}, {tokens} (SHA-256 of names and texts: `{digest}...`).
 Kept out of the training of tokenizer and models, whole:
 
 {", ".join(f"`{name}`" for name in r["held_out"])}.
@@ -239,8 +233,8 @@ float32: each file alone after the separator, in windows of {window} tokens that
 ## Training
 
 Muon for the matrices, Adam for embedding and norms; constant rate, then a linear decay to zero over the last steps,
-which also double the sequence length from 512 to {window}; {r["tokens_per_step"]} tokens a step.{teaching} The exact numbers
-are in each model's `training.json`. To repeat the runs on the same Python:
+which also double the sequence length from 512 to {window}; {r["tokens_per_step"]} tokens a step.{teaching}
+The exact numbers are in each model's `training.json`. To repeat the runs on the same Python:
 
 ```
 {commands}

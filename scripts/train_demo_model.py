@@ -4,9 +4,9 @@
     python scripts/train_demo_model.py --preset draft --work WORK/draft --minutes 10 --teacher jaxinfer/assets/demo
     python scripts/train_demo_model.py --preset main --work WORK/main --export-only
 
-The learning rate is constant after its warm-up and then falls linearly to zero (warmup-stable-decay), so a run may be
-exported at any time and `--minutes` may decide late when the decay begins. The record of a run holds the steps that it
-took; `--steps N --decay-steps M` repeats it. A run that was killed continues from its last checkpoint.
+The learning rate is constant after its warm-up and then falls linearly to zero (warmup-stable-decay). The decay begins
+when `--minutes` require it, or when a file WORK/decay appears, and a run may be exported at any time. Its record holds
+the steps that it took; `--steps N --decay-steps M` repeats it. A killed run continues from its last checkpoint.
 
 Everything inside the model is feature-major ([D, T] rather than [T, D]): with weights [out, in] the forward product and
 both gradients are then row-major products, which XLA's CPU backend runs two to three times faster than transposed ones.
@@ -183,7 +183,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         block = []
         for group in range(groups.shape[1]):
             scores = jnp.einsum("nhs,nht->nst", key[:, :, :end], groups[:, group, :, start:end])
-            weights = jnp.exp(jnp.where(visible, scores, -1e30) - jax.lax.stop_gradient(scores.max(1, keepdims=True)))
+            scores = jnp.where(visible, scores, -1e30)
+            weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(1, keepdims=True)))
             block.append(jnp.einsum("nhs,nst->nht", value[:, :, :end], weights) / weights.sum(1, keepdims=True))
         outputs.append(jnp.stack(block, axis=1))
     return jnp.concatenate(outputs, axis=3).reshape(query.shape)
@@ -226,9 +227,9 @@ def scale_by_orthogonalised_momentum(dtype: jnp.dtype, beta: float = 0.95) -> op
     def init(params):
         return jax.tree.map(jnp.zeros_like, params)
 
-    def update(updates, momentum, params=None):
+    def update(updates, state, params=None):
         del params
-        momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, momentum, updates)
+        momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state, updates)
         return jax.tree.map(lambda m, g: orthogonalise(beta * m + (1 - beta) * g), momentum, updates), momentum
 
     return optax.GradientTransformation(init, update)
@@ -308,7 +309,7 @@ def reshape_slab(slab: np.ndarray, length: int) -> np.ndarray:
 def save_checkpoint(path: Path, tree, progress: dict) -> None:
     arrays = {str(index): np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
     temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, progress=np.asarray(json.dumps(progress)), **arrays)
+    np.savez(temporary, allow_pickle=False, progress=np.asarray(json.dumps(progress)), **arrays)
     os.replace(temporary, path)
 
 
@@ -346,7 +347,8 @@ def train(args: argparse.Namespace, preset: Preset, tokenizer: Tokenizer, texts:
     while True:
         step, start, span = progress["step"], progress["decay_start"], progress["decay_steps"]
         progress["seconds"] = time.monotonic() - began
-        if start is None and progress["seconds"] >= (1 - DECAY_FRACTION) * 60 * args.minutes:
+        stable_seconds = (1 - DECAY_FRACTION) * 60 * args.minutes
+        if start is None and (progress["seconds"] >= stable_seconds or (args.work / "decay").exists()):
             start = progress["decay_start"] = step
             span = progress["decay_steps"] = max(1, round(step * DECAY_FRACTION / (1 - DECAY_FRACTION)))
         done = start is not None and step >= start + span
