@@ -221,8 +221,8 @@ def _progress(wanted: bool | None, total: int | None) -> Iterator[Callable[[int]
     tokens, started = 0, time.monotonic()
     # A pseudo-terminal may say that it is 0 by 0, and tqdm then shows nothing; shutil says 80 by 24.
     size = shutil.get_terminal_size()
-    shape = {"ncols": min(size.columns, 100), "nrows": size.lines}
-    with logging_redirect_tqdm(), tqdm(total=total, unit=" lines", file=sys.stderr, **shape) as bar:
+    columns, rows = min(size.columns, 100), size.lines
+    with logging_redirect_tqdm(), tqdm(total=total, unit=" lines", file=sys.stderr, ncols=columns, nrows=rows) as bar:
 
         def on_line(num_tokens: int) -> None:
             nonlocal tokens
