@@ -20,17 +20,17 @@ def dense_attend(config: ModelConfig) -> Attend[KeysAndValues]:
         layer = config.layers[index]
         if k is not None and v is not None:
             cache = {**cache, index: (k, v)}
-        k, v = cache[index if layer.kv_source is None else layer.kv_source]
+        keys, values = cache[index if layer.kv_source is None else layer.kv_source]
         length = q.shape[0]
         grouped = q.reshape(length, layer.num_kv_heads, -1, layer.head_dim)
-        scores = jnp.einsum("tkgh,jkh->kgtj", grouped, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("tkgh,jkh->kgtj", grouped, keys, preferred_element_type=jnp.float32)
         scores = scores * config.scale_of(layer)
         if config.attention_softcap is not None:
             scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
         behind = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
         visible = behind >= 0 if layer.window is None else (behind >= 0) & (behind < layer.window)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-        mixed = jnp.einsum("kgtj,jkh->tkgh", weights, v.astype(jnp.float32))
+        mixed = jnp.einsum("kgtj,jkh->tkgh", weights, values.astype(jnp.float32))
         return mixed.reshape(length, layer.num_heads, layer.head_dim).astype(q.dtype), cache
 
     return attend
