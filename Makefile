@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OTHER_VENV := .venv-other
 OTHER_PYTHON ?= $(shell .ci/find-python --other-than $(BIN)/python 3.11 3.12)
 # What fails first where a Python or a JAX differs: starting, the command, and the bundled model from end to end.
-SMOKE := tests/test_imports.py tests/test_config.py tests/metrics tests/run tests/e2e
+SMOKE ?= tests/test_imports.py tests/test_config.py tests/metrics tests/run tests/e2e
 
 .PHONY: demo test lint test-other-python clean
 
