@@ -1,0 +1,6 @@
+"""What holds for every test."""
+
+import signal
+
+# A shell ignores Ctrl-C in what it starts in the background, and children inherit that; the tests that press it need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
