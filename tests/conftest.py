@@ -2,5 +2,5 @@
 
 import signal
 
-# A shell ignores Ctrl-C in what it starts in the background, and children inherit that; the tests that press it need it.
+# A shell ignores Ctrl-C in what it starts in the background, and children inherit that; some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
