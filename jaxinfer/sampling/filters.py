@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.sampling.groups import fold, total_int
+from jaxinfer.sampling.groups import fold_sum, total_int
 
 _LARGEST = 0x7F7F_FFFF  # bits of the largest finite float32
 
@@ -92,12 +92,16 @@ def _midpoint(a: jax.Array, b: jax.Array) -> jax.Array:
     return a + (b - a) // 2
 
 
+def _counted(mask: jax.Array) -> jax.Array:
+    return lax.convert_element_type(mask, jnp.int32)
+
+
 def _top_k_threshold(distances: jax.Array, top_k: jax.Array) -> jax.Array:
     """[S] int32: bits of a distance that the k nearest and their ties do not exceed; the largest where top-k is off."""
     keys = lax.bitcast_convert_type(distances, jnp.int32)
 
     def count(threshold: jax.Array) -> jax.Array:
-        return total_int(lambda key: (key <= lax.expand_dims(threshold, (1,))).astype(jnp.int32), keys)
+        return total_int(lambda key, threshold: _counted(lax.le(key, threshold)), (keys,), threshold)
 
     largest = jnp.full_like(top_k, _LARGEST)
     vocab_size = jnp.full_like(top_k, keys.shape[1] * keys.shape[2])
@@ -128,7 +132,7 @@ def _filter_by_mass(distances: jax.Array, reach: jax.Array, top_p: jax.Array, ty
 def _fixed_point(distances: jax.Array) -> jax.Array:
     """exp(-distance) as int32, in a unit (a power of two) that puts each row's sum between 2^29 and 2^30."""
     masses = jnp.exp(-distances)
-    exponent = (lax.bitcast_convert_type(jnp.sum(masses, axis=(1, 2)), jnp.int32) >> 23) - 127
+    exponent = (lax.bitcast_convert_type(jnp.sum(fold_sum(masses), axis=-1), jnp.int32) >> 23) - 127
     unit = lax.bitcast_convert_type((127 + 29 - exponent) << 23, jnp.float32)
     return jnp.round(masses * lax.expand_dims(unit, (1, 2))).astype(jnp.int32)
 
@@ -142,7 +146,7 @@ def _top_p_threshold(weights: jax.Array, top_p: jax.Array) -> jax.Array:
     """[S] int32: the weight down to which tokens hold top_p of the row's mass; not for rows where top-p is off."""
 
     def mass(least: jax.Array) -> jax.Array:
-        return total_int(lambda weight: jnp.where(weight >= lax.expand_dims(least, (1,)), weight, 0), weights)
+        return total_int(lambda weight, least: lax.mul(weight, _counted(lax.ge(weight, least))), (weights,), least)
 
     def middle(high: jax.Array, low: jax.Array) -> jax.Array:
         geometric = jnp.sqrt(high.astype(jnp.float32) * low.astype(jnp.float32)).astype(jnp.int32)
@@ -150,7 +154,7 @@ def _top_p_threshold(weights: jax.Array, top_p: jax.Array) -> jax.Array:
 
     low = jnp.ones(top_p.shape, jnp.int32)  # a weight of 0 is no mass: such tokens never help to reach the target
     high = jnp.where(top_p < 1, 1 << 30, low)
-    whole = jnp.sum(fold(weights), axis=-1)
+    whole = jnp.sum(fold_sum(weights), axis=-1)
     # A token within the bracket weighs `low` or more: less than twice that is one token.
     return _bisect(mass, _share(whole, top_p), (high, low), whole, lambda high, low, amount: amount < 2 * low, middle)
 
@@ -160,14 +164,14 @@ def _typical(distances: jax.Array, weights: jax.Array, typical_p: jax.Array) -> 
 
     With p = exp(-distance) / Z, a token's surprisal less the entropy is its distance less the mean distance.
     """
-    moment = jnp.sum(jnp.where(weights > 0, weights.astype(jnp.float32) * distances, 0.0), axis=(1, 2))
-    whole = jnp.sum(fold(weights), axis=-1)
+    moment = jnp.sum(fold_sum(jnp.where(weights > 0, weights.astype(jnp.float32) * distances, 0.0)), axis=-1)
+    whole = jnp.sum(fold_sum(weights), axis=-1)
     mean = moment / whole.astype(jnp.float32)
     keys = lax.bitcast_convert_type(jnp.abs(distances - lax.expand_dims(mean, (1, 2))), jnp.int32)
 
     def mass(threshold: jax.Array) -> jax.Array:
         return total_int(
-            lambda key, weight: jnp.where(key <= lax.expand_dims(threshold, (1,)), weight, 0), keys, weights
+            lambda key, weight, threshold: lax.mul(weight, _counted(lax.le(key, threshold))), (keys, weights), threshold
         )
 
     active = typical_p < 1

@@ -1,16 +1,17 @@
-"""The vocabulary in groups: a layout, and reductions over it that XLA compiles to vector code.
+"""The vocabulary in groups: a layout, and reductions over it that XLA compiles well.
 
 Rows of logits [S, V] are viewed as [S, G, W], W = ceil(V / G): token `member * W + group` is a member of its group.
-Reductions over the vocabulary first fold the G members elementwise and then reduce the W values that are left. XLA's
-CPU compiler vectorises such a fold; a reduction of something computed costs it five times as much, and a fused
-(value, index) reduction twenty times. On accelerators the forms are equal. The order of a fold is written out, so a
-row's sums never depend on how many rows share its batch.
+Reductions over the vocabulary first fold the G members and then reduce the W values that are left.
+
+A reduction has two forms, picked when the program is compiled for its platform. Accelerators get the plain one, which
+runs at memory speed there. XLA's CPU compiler does not vectorise a reduction of something computed (five times
+slower) or one of (value, index) pairs (twenty times), but it does vectorise elementwise code; so on CPU the members
+are combined pairwise, elementwise, in an order that does not depend on how many rows share the batch.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,45 +34,70 @@ def group(x: jax.Array, fill: float) -> jax.Array:
     return x.reshape(num_rows, NUM_MEMBERS, width)
 
 
-def fold(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array] = operator.add) -> jax.Array:
-    """Combine each group's members, in halves: [S, G, W] -> [S, W]."""
-    while (num_members := x.shape[1]) > 1:
-        half = num_members // 2
-        x = combine(lax.slice_in_dim(x, 0, half, axis=1), lax.slice_in_dim(x, half, num_members, axis=1))
-    return x.reshape(x.shape[0], x.shape[2])
+def fold_max(x: jax.Array) -> jax.Array:
+    """[S, G, W] -> [S, W]: each group's maximum; NaN where a member is NaN."""
+    return jnp.max(x, axis=1)
 
 
-def total_int(term: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Sum over the vocabulary of term(members of arrays): arrays [S, G, W], term [S, W] -> [S, W] int32; sum [S].
+def fold_sum(x: jax.Array) -> jax.Array:
+    """[S, G, W] -> [S, W]: each group's sum."""
 
-    The term is applied to one member at a time, so that one loop computes and adds.
+    def halve(x: jax.Array) -> jax.Array:
+        while (num_members := x.shape[1]) > 1:
+            half = num_members // 2
+            x = lax.slice_in_dim(x, 0, half, axis=1) + lax.slice_in_dim(x, half, num_members, axis=1)
+        return x.reshape(x.shape[0], x.shape[2])
+
+    return lax.platform_dependent(x, cpu=halve, default=lambda x: jnp.sum(x, axis=1))
+
+
+def total_int(term: Callable[..., jax.Array], arrays: Sequence[jax.Array], limit: jax.Array) -> jax.Array:
+    """The sum over the vocabulary [S] int32 of term(*arrays, limit): arrays [S, G, W], limit [S].
+
+    `term` gets arrays of one shape and returns int32 of that shape. It should be written with `lax` operations, which
+    are traced many times faster than those of `jax.numpy`.
     """
-    parts = [
-        term(*(lax.index_in_dim(x, member, axis=1, keepdims=False) for x in arrays)) for member in range(NUM_MEMBERS)
-    ]
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return jnp.sum(parts[0], axis=-1)
+    num_rows, _, width = arrays[0].shape
+
+    def member_by_member() -> jax.Array:
+        spread = lax.broadcast_in_dim(limit, (num_rows, 1, width), (0,))
+        members = zip(*(lax.split(x, (1,) * NUM_MEMBERS, axis=1) for x in arrays), strict=True)
+        parts = [term(*own, spread) for own in members]
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0].reshape(num_rows, width)
+
+    def at_once() -> jax.Array:
+        return jnp.sum(term(*arrays, lax.broadcast_in_dim(limit, arrays[0].shape, (0,))), axis=1)
+
+    return jnp.sum(lax.platform_dependent(cpu=member_by_member, default=at_once), axis=-1)
 
 
 def first_argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[S, N] -> (maximum [S], its first index [S] int32). With a NaN in the row, NaN and some index below N."""
+    """[S, N] -> (maximum [S], its first index [S] int32), N small. With a NaN in the row, NaN and some index."""
     maximum = jnp.max(x, axis=-1)
     indices = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     first = jnp.min(jnp.where(x == lax.expand_dims(maximum, (1,)), indices, x.shape[1] - 1), axis=-1)
     return maximum, first
 
 
-def argmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[S, V] -> (maximum [S], its first token id [S] int32), in one pass over the vocabulary.
+def argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[S, G, W] -> (maximum [S], the first token id that has it [S] int32). With a NaN in the row, NaN and some id.
 
-    The second pass reads one contiguous block of each row: the first one that holds the maximum.
+    One pass over the vocabulary: the second reads one row of W tokens, the first of the G that holds the maximum.
     """
-    num_rows, vocab_size = logits.shape
-    block = max((b for b in range(16, 513) if vocab_size % b == 0), default=0)
-    if not block:
-        return first_argmax(logits)
-    blocks = logits.reshape(num_rows, vocab_size // block, block)
-    maximum, first_block = first_argmax(jnp.max(blocks, axis=-1))
-    chosen = jnp.take_along_axis(blocks, lax.expand_dims(first_block, (1, 2)), axis=1)[:, 0]
-    return maximum, first_block * block + first_argmax(chosen)[1]
+    maximum, member = first_argmax(jnp.max(x, axis=2))
+    tokens = jnp.take_along_axis(x, lax.expand_dims(member, (1, 2)), axis=1)[:, 0]
+    return maximum, member * x.shape[2] + first_argmax(tokens)[1]
+
+
+def pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """[S, G, W] and group index [S] -> the group's members [S, G]. Finite values only."""
+
+    def gather(x: jax.Array, index: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, index, axis=2)[:, :, 0]
+
+    def mask(x: jax.Array, index: jax.Array) -> jax.Array:  # a TPU gathers slowly along its lanes
+        return jnp.sum(jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 2) == index, x, 0), axis=2)
+
+    return lax.platform_dependent(x, lax.expand_dims(index, (1, 2)), tpu=mask, default=gather)

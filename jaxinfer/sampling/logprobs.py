@@ -32,24 +32,34 @@ def score(logits: jax.Array, targets: jax.Array) -> TokenLogprobs:
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     target_logits = jnp.take_along_axis(logits, lax.expand_dims(targets, (1,)), axis=-1)
     grouped = groups.group(logits, -jnp.inf)
-    rank = 1 + groups.total_int(lambda x: (x > target_logits).astype(jnp.int32), grouped)
-    top_token_ids, top_logits = _best(grouped, min(MAX_LOGPROBS, logits.shape[-1]))
-    return TokenLogprobs((target_logits - normaliser)[:, 0], rank, top_token_ids, top_logits - normaliser)
+    above = groups.total_int(
+        lambda x, target: lax.convert_element_type(lax.gt(x, target), jnp.int32), (grouped,), target_logits[:, 0]
+    )
+    top_token_ids, top_logits = _best(logits, grouped, min(MAX_LOGPROBS, logits.shape[-1]))
+    return TokenLogprobs((target_logits - normaliser)[:, 0], 1 + above, top_token_ids, top_logits - normaliser)
 
 
-def _best(grouped: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` largest logits of [S, G, W]: (token ids, logits) [S, count].
+def _best(logits: jax.Array, grouped: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The `count` largest of logits [S, V], or of the same [S, G, W]: (token ids, logits) [S, count]. Lower ids first.
 
-    They are in the groups of largest maximum. The candidates are laid out by token id, so that of equal logits the
-    lower id comes first.
+    Only a TPU has a fast top_k over the whole vocabulary. Elsewhere the candidates are the members of the `count`
+    groups of largest maximum, laid out by token id.
     """
-    num_rows, _, width = grouped.shape
-    _, best_groups = lax.top_k(groups.fold(grouped, jnp.maximum), min(count, width))
-    best_groups = jnp.sort(best_groups, axis=-1)
-    candidates = jnp.take_along_axis(grouped, lax.expand_dims(best_groups, (1,)), axis=2)
-    token_ids = jnp.arange(groups.NUM_MEMBERS)[:, None] * width + lax.expand_dims(best_groups, (1,))
-    top_logits, places = lax.top_k(candidates.reshape(num_rows, -1), count)
-    return jnp.take_along_axis(token_ids.reshape(num_rows, -1), places, axis=1), top_logits
+
+    def whole(logits: jax.Array, grouped: jax.Array) -> tuple[jax.Array, jax.Array]:
+        top_logits, token_ids = lax.top_k(logits, count)
+        return token_ids, top_logits
+
+    def by_group(logits: jax.Array, grouped: jax.Array) -> tuple[jax.Array, jax.Array]:
+        num_rows, num_members, width = grouped.shape
+        _, best_groups = lax.top_k(groups.fold_max(grouped), min(count, width))
+        best_groups = lax.expand_dims(jnp.sort(best_groups, axis=-1), (1,))
+        candidates = jnp.take_along_axis(grouped, best_groups, axis=2)
+        token_ids = lax.broadcasted_iota(jnp.int32, (1, num_members, 1), 1) * width + best_groups
+        top_logits, places = lax.top_k(candidates.reshape(num_rows, -1), count)
+        return jnp.take_along_axis(token_ids.reshape(num_rows, -1), places, axis=1), top_logits
+
+    return lax.platform_dependent(logits, grouped, tpu=whole, default=by_group)
 
 
 def no_logprobs(num_rows: int, vocab_size: int) -> TokenLogprobs:

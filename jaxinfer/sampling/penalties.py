@@ -11,7 +11,7 @@ from jaxinfer.sampling.state import COUNT_MASK, IN_PROMPT, IS_STOP_TOKEN, Sample
 
 
 def adjust(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> jax.Array:
-    """[S, V] float32 -> the same, with each row's slot applied; rows that do not use their slot's state stay.
+    """[S, G, W] float32 -> the same, with each row's slot applied; rows that do not use their slot's state stay.
 
     Allowed and banned tokens and logit bias are one addition; then stop tokens are masked while min_tokens is pending;
     then the repetition penalty divides positive and multiplies negative logits of tokens in prompt or output
@@ -20,7 +20,7 @@ def adjust(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> jax.Ar
     """
 
     def column(x: jax.Array) -> jax.Array:
-        return lax.expand_dims(x, (1,))
+        return lax.expand_dims(x, (1, 2))
 
     packed = state.counts[rows.slot]
     count = packed & COUNT_MASK

@@ -45,38 +45,37 @@ def sample(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple[
     spare slot.
     """
     logits = logits.astype(jnp.float32)
-    token_ids, maximum = _choose(logits, state, rows)
+    token_ids, maximum = _choose(groups.group(logits, -jnp.inf), state, rows)
     invalid = ~jnp.isfinite(maximum)
     token_ids = jnp.where(invalid, 0, token_ids)
     logprobs = lax.cond(
         jnp.any(rows.wants_logprobs), lambda: score(logits, token_ids), lambda: no_logprobs(*logits.shape)
     )
+    width = groups.num_groups(logits.shape[1])
     counted = (rows.uses_dense_state & ~invalid).astype(jnp.int32)
     state = SamplerState(
         last_tokens=state.last_tokens.at[rows.slot].set(token_ids),
-        counts=state.counts.at[rows.slot, token_ids].add(counted),
+        counts=state.counts.at[rows.slot, token_ids // width, token_ids % width].add(counted),
         bias=state.bias,
     )
     return SampleOutput(token_ids, invalid, logprobs), state
 
 
 def _choose(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple[jax.Array, jax.Array]:
-    """(token ids [S], the rows' largest logits [S]). The four branches differ in the work they skip."""
+    """Logits [S, G, W] -> (token ids [S], the rows' largest logits [S]). The branches differ in the work they skip."""
     random = rows.temperature > 0
-    temperature = jnp.where(random, rows.temperature, 1.0)
     filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0) | (rows.typical_p < 1)
     any_random, any_adjusted, any_filtered = jnp.any(random), jnp.any(rows.uses_dense_state), jnp.any(filtered)
-    num_groups = groups.num_groups(logits.shape[1])
+    num_contestants = logits.shape[1] + logits.shape[2]
     race = lax.cond(
         any_random,
-        lambda: noise.exponentials(rows.seed, rows.sample_index, rows.position, num_groups + groups.NUM_MEMBERS),
-        lambda: jnp.ones((logits.shape[0], num_groups + groups.NUM_MEMBERS), jnp.float32),
+        lambda: noise.exponentials(rows.seed, rows.sample_index, rows.position, num_contestants),
+        lambda: jnp.ones((logits.shape[0], num_contestants), jnp.float32),
     )
 
     def distances_of(logits: jax.Array, maximum: jax.Array) -> jax.Array:
-        return (lax.expand_dims(maximum, (1, 2)) - groups.group(logits, -jnp.inf)) / lax.expand_dims(
-            temperature, (1, 2)
-        )
+        temperature = lax.expand_dims(jnp.where(random, rows.temperature, 1.0), (1, 2))
+        return (lax.expand_dims(maximum, (1, 2)) - logits) / temperature
 
     maximum, best = groups.argmax(logits)
 
@@ -88,9 +87,9 @@ def _choose(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple
         return jnp.where(random, _draw(distances_of(logits, maximum), race), best), maximum
 
     def adjusted() -> tuple[jax.Array, jax.Array, jax.Array]:
-        x = adjust(logits, state, rows)
-        maximum, best = groups.argmax(x)
-        return best, maximum, distances_of(x, maximum)
+        adjusted_logits = adjust(logits, state, rows)
+        maximum, best = groups.argmax(adjusted_logits)
+        return best, maximum, distances_of(adjusted_logits, maximum)
 
     def any_mix() -> tuple[jax.Array, jax.Array]:
         own_best, own_maximum, distances = lax.cond(
@@ -117,7 +116,6 @@ def _draw(distances: jax.Array, race: jax.Array) -> jax.Array:
     """
     width = distances.shape[2]
     masses = jnp.exp(-distances)
-    group = groups.first_argmax(groups.fold(masses) / race[:, :width])[1]
-    members = jnp.take_along_axis(masses, lax.expand_dims(group, (1, 2)), axis=2)[:, :, 0]
-    member = groups.first_argmax(members / race[:, width:])[1]
+    group = groups.first_argmax(groups.fold_sum(masses) / race[:, :width])[1]
+    member = groups.first_argmax(groups.pick(masses, group) / race[:, width:])[1]
     return member * width + group

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.sampling import groups
 from jaxinfer.types import SamplingParams
 
 # A packed count: how often the token was generated in the low bits, and two facts about it above them.
@@ -23,11 +24,12 @@ class SamplerState:
     """Donated to, and returned by, every step. Slots are 0 .. max_num_seqs - 1; the extra one belongs to padding rows.
 
     last_tokens [max_num_seqs + 1] int32        the token each slot sampled last: the next step's input
-    counts      [max_num_seqs + 1, V] int32     generated-token counts, in-prompt and stop-token bits
-    bias        [max_num_seqs + 1, V] float32   added to the logits; -inf for tokens that must not be chosen
+    counts      [max_num_seqs + 1, G, W] int32     generated-token counts, in-prompt and stop-token bits
+    bias        [max_num_seqs + 1, G, W] float32   added to the logits; -inf for tokens that must not be chosen
 
-    The dense rows take 8 * V bytes a slot (0.4 MB at V = 49152, 2 MB at V = 262144). A slot's rows mean something
-    only between `admit` and the end of a request that `uses_dense_state`; for others they are stale and never read.
+    The vocabulary is laid out in groups (groups.py). The dense rows take 8 * V bytes a slot (0.4 MB at V = 49152,
+    2 MB at V = 262144). A slot's rows mean something only between `admit` and the end of a request that
+    `uses_dense_state`; for others they are stale and without effect.
     """
 
     last_tokens: jax.Array
@@ -37,16 +39,17 @@ class SamplerState:
 
 def init_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
     """The state before any request."""
+    dense = (max_num_seqs + 1, groups.NUM_MEMBERS, groups.num_groups(vocab_size))
     return SamplerState(
         last_tokens=jnp.zeros((max_num_seqs + 1,), jnp.int32),
-        counts=jnp.zeros((max_num_seqs + 1, vocab_size), jnp.int32),
-        bias=jnp.zeros((max_num_seqs + 1, vocab_size), jnp.float32),
+        counts=jnp.zeros(dense, jnp.int32),
+        bias=jnp.zeros(dense, jnp.float32),
     )
 
 
 def state_bytes(max_num_seqs: int, vocab_size: int) -> int:
     """Bytes of `init_state(max_num_seqs, vocab_size)`, for the memory budget."""
-    return (max_num_seqs + 1) * (4 + 8 * vocab_size)
+    return (max_num_seqs + 1) * (4 + 8 * groups.NUM_MEMBERS * groups.num_groups(vocab_size))
 
 
 def uses_dense_state(params: SamplingParams) -> bool:
@@ -94,5 +97,6 @@ def dense_rows(
 
 
 def admit(state: SamplerState, slot: jax.Array, counts: jax.Array, bias: jax.Array) -> SamplerState:
-    """Set one slot's dense rows. Jit it with `state` donated: one program serves every request."""
-    return SamplerState(state.last_tokens, state.counts.at[slot].set(counts), state.bias.at[slot].set(bias))
+    """Set one slot's dense rows, [V] each. Jit it with `state` donated: one program serves every request."""
+    counts, bias = groups.group(counts[None], 0), groups.group(bias[None], 0)
+    return SamplerState(state.last_tokens, state.counts.at[slot].set(counts[0]), state.bias.at[slot].set(bias[0]))

@@ -298,6 +298,6 @@ def test_padding_rows_write_to_the_spare_slot():
     before = np.asarray(batch.state.counts).copy()
     token = batch.step(logits_of(2), [1], [0]).token_ids[0]
     after = np.asarray(batch.state.counts)
-    changed = np.argwhere(after != before)
+    changed = np.argwhere((after != before).reshape(len(after), -1))
     assert changed.tolist() == [[1, int(token)]]
     assert np.asarray(batch.state.last_tokens)[:4].tolist() == [0, int(token), 0, 0]
