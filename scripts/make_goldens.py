@@ -222,7 +222,7 @@ def make(variant: Variant, out: Path) -> None:
     directory.mkdir(parents=True)
     save(model, variant, directory)
     check_reload(directory, prompts, golden)
-    np.savez_compressed(directory / "golden.npz", **golden)
+    np.savez_compressed(directory / "golden.npz", allow_pickle=False, **golden)
     size = sum(path.stat().st_size for path in directory.iterdir())
     spread = float(golden[f"logits_{len(prompts) - 1}"].std())
     margin = min(float(golden[f"margin_{i}"].min()) for i in range(len(prompts)))
