@@ -236,18 +236,20 @@ def test_no_mix_of_features_compiles_again():
 
 
 def test_bad_logits_fail_their_row_only():
-    logits = logits_of(4, rows=7)
+    logits = logits_of(4, rows=9)
     logits[1, 50] = np.nan
     logits[2, 50] = np.inf
     logits[3, :] = -np.inf
     logits[4, 10:] = -np.inf
     logits[5, 100] = np.nan
+    logits[7, 0] = np.nan
     rows = [Row(SamplingParams(), i) for i in range(5)] + [Row(SamplingParams(temperature=0)) for _ in range(2)]
+    rows += [Row(SamplingParams(top_k=5, top_p=0.5, min_p=0.1, typical_p=0.5, presence_penalty=1.0)) for _ in range(2)]
     output = sample_rows(logits, rows)
-    assert output.invalid.tolist() == [False, True, True, True, False, True, False]
-    assert output.token_ids[[1, 2, 3, 5]].tolist() == [0, 0, 0, 0]
-    clean = sample_rows(logits_of(4, rows=7), rows)
-    assert output.token_ids[[0, 6]].tolist() == clean.token_ids[[0, 6]].tolist()
+    assert output.invalid.tolist() == [False, True, True, True, False, True, False, True, False]
+    assert output.token_ids[[1, 2, 3, 5, 7]].tolist() == [0] * 5
+    clean = sample_rows(logits_of(4, rows=9), rows)
+    assert output.token_ids[[0, 6, 8]].tolist() == clean.token_ids[[0, 6, 8]].tolist()
     assert output.token_ids[4] < 10
 
 
@@ -283,6 +285,14 @@ def test_edges():
     assert tokens[3:7] == best[3:7]
     tied = draw_many(logits[7], samples(rows[7].params, 512))
     assert set(tied.tolist()) == {20, 21, 22, 23}, "ties with the k-th largest stay"
+
+
+def test_a_vocabulary_smaller_than_a_group():
+    rows = [Row(SamplingParams(temperature=100.0), seed) for seed in range(15)] + [Row(SamplingParams(temperature=0))]
+    tokens = sample_rows(logits_of(9, rows=16, vocab_size=20), rows).token_ids
+    assert tokens.max() < 20
+    assert len(set(tokens.tolist())) > 6
+    assert tokens[15] == np.argmax(logits_of(9, rows=16, vocab_size=20)[15])
 
 
 def test_greedy_takes_the_first_of_equals():
