@@ -207,7 +207,7 @@ def write_card(assets: Path) -> None:
     vocabulary, window, digest = demo_data.VOCAB_SIZE, demo_data.WINDOW, r["training_sha256"][:16]
     megabytes, tokens = f"{r['training_bytes'] / 1e6:.2f} MB", f"{r['training_tokens'] / 1e6:.2f} M tokens"
     distilled = [name for name, record in records.items() if "--teacher" in record["command"]]
-    teaching = "".join(f" Half of the target of `{name}` is what the main model predicts." for name in distilled)
+    teaching = "".join(f"\nHalf of the target of `{name}` is what the main model predicts." for name in distilled)
     card = f"""# The bundled demo models
 
 Small language models of Python code, so that jaxinfer can be run and tested with no network: `demo`, and `demo-draft`
@@ -223,7 +223,7 @@ bfloat16, with a context of {window} tokens and a byte-level BPE vocabulary of {
 
 The source of the Python {r["python"]} standard library (licence: PSF-2.0), without its tests, generated tables and
 data: {r["training_modules"]} files, {megabytes}, {tokens} (SHA-256 of names and texts: `{digest}...`).
-Kept out of the training of tokenizer and models, whole:
+These were kept out of the training of tokenizer and models, whole:
 
 {", ".join(f"`{name}`" for name in r["held_out"])}.
 
@@ -234,7 +234,7 @@ float32: each file alone after the separator, in windows of {window} tokens that
 
 Muon for the matrices, Adam for embedding and norms; constant rate, then a linear decay to zero over the last steps,
 which also double the sequence length from 512 to {window}; {r["tokens_per_step"]} tokens a step.{teaching}
-The exact numbers are in each model's `training.json`. To repeat the runs on the same Python:
+The exact numbers are in each model's `training.json`. To repeat the runs on the same Python, up to rounding:
 
 ```
 {commands}
