@@ -36,7 +36,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is static in a running engine. Token and sequence counts are padded to the buckets."""
+    """All that is static in a running engine. Token and sequence counts are padded to the buckets.
+
+    Sequence buckets are coarse: a sampler takes long to compile, and a row too many costs it little.
+    """
 
     model: ModelConfig
     dtype: np.dtype
@@ -121,7 +124,7 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
         num_pages=num_pages,
         layers=_layer_plans(model, groups, page_size, dtype, platform, config.attention_backend),
         token_buckets=buckets(max_num_batched_tokens),
-        sequence_buckets=(*(2**i for i in range((max_num_seqs - 1).bit_length())), max_num_seqs),
+        sequence_buckets=(*(4**i for i in range(16) if 4**i < max_num_seqs), max_num_seqs),
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
     )
