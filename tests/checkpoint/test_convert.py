@@ -151,7 +151,7 @@ def test_output_that_cannot_be(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
 import contextlib, io
 from jaxinfer.convert import main
 with contextlib.redirect_stderr(io.StringIO()) as errors:
