@@ -28,7 +28,7 @@ _DECODE_KEYS = 64  # keys per decode tile, when pages are not larger
 _PREFILL_KEYS = 128
 _PREFILL_QUERIES = 128
 _FEW_ROWS = 4  # decode batches up to this size run tile by tile in one kernel
-_MOST_VECTORS = 8  # query heads per kv head above which even one tile is a matrix product
+_MOST_VECTORS = 8  # queries per kv head and tile up to which each is multiplied by itself
 
 
 @jax.tree_util.register_dataclass
@@ -165,13 +165,16 @@ def _gather(
     """
     num_tiles, pages_per_tile = pages.shape
     page_size, heads = case.page_size, jnp.arange(case.num_kv_heads)
+    # A TPU keeps the last two axes in tiles, so there they must stay apart; a CPU copies one long axis with vectors.
+    shape = (page_size, case.head_dim) if case.platform == "tpu" else (page_size * case.head_dim,)
     index = pages[:, None] * (2 * case.num_kv_heads) + which * case.num_kv_heads + heads[:, None]
-    rows = pool.reshape(-1, page_size, case.head_dim).at[index.reshape(-1)].get(mode="promise_in_bounds")
+    rows = pool.reshape(-1, *shape).at[index.reshape(-1)].get(mode="promise_in_bounds")
     if alive is not None:
         before = jnp.arange(pages_per_tile) * page_size
-        first, end = (jnp.broadcast_to((x[:, None] - before)[:, None], index.shape).reshape(-1, 1) for x in alive)
-        slot = jnp.arange(page_size)
-        rows = jnp.where(((slot >= first) & (slot < end))[..., None], rows, 0)
+        limits = (jnp.broadcast_to((limit[:, None] - before)[:, None], index.shape) for limit in alive)
+        first, end = (limit.reshape(-1, *(1 for _ in shape)) for limit in limits)
+        slot = (jnp.arange(page_size * case.head_dim) // case.head_dim).reshape(shape)
+        rows = jnp.where((slot >= first) & (slot < end), rows, 0)
     if num_tiles > 1:
         rows = lax.optimization_barrier(rows)
     return rows.reshape(num_tiles, case.num_kv_heads, pages_per_tile * page_size, case.head_dim)
@@ -199,7 +202,7 @@ def _mix(case: AttentionCase, weights: jax.Array, values: jax.Array) -> jax.Arra
 
 
 def _by_vectors(case: AttentionCase, left: jax.Array) -> bool:
-    return case.platform == "cpu" and left.shape[0] == 1 and left.shape[2] <= _MOST_VECTORS
+    return case.platform == "cpu" and left.shape[2] <= _MOST_VECTORS
 
 
 def _decode_tiles(
