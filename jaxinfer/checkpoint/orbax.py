@@ -7,10 +7,12 @@ restored straight into the sharding and dtype asked for, whatever they were save
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ def save_orbax(directory: str | Path, params: Mapping[str, Any]) -> None:
         with _quiet("absl"), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(target, args=ocp.args.PyTreeSave(params))
     except Exception as error:  # tensorstore reports what the file system says through many types
+        _drop_late_results()
         raise ValueError(f"{target}: the checkpoint could not be written ({_first_line(error)})") from error
 
 
@@ -91,6 +94,7 @@ class OrbaxReader:
         try:
             tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.directory)).tree
         except Exception as error:
+            _drop_late_results()
             raise self._unreadable(error) from error
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
@@ -143,6 +147,7 @@ class OrbaxReader:
         try:
             return self._checkpointer.restore(self.directory, args=restore)
         except Exception as error:
+            _drop_late_results()
             raise self._unreadable(error) from error
 
     def read(self, dtypes: Mapping[str, np.dtype]) -> dict[str, np.ndarray]:
@@ -158,11 +163,29 @@ class OrbaxReader:
         try:
             restored = self._checkpointer.restore(self.directory, args=restore)
         except Exception as error:
+            _drop_late_results()
             raise self._unreadable(error) from error
         return {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
 
     def _unreadable(self, error: Exception) -> ValueError:
         return ValueError(f"{self.directory}: Orbax cannot read it ({_first_line(error)}); copy the checkpoint again")
+
+
+@functools.cache
+def _drop_late_results() -> None:
+    """Silence reads and writes that end after one beside them failed.
+
+    Orbax closes its event loop at the first failure; tensorstore then reports every other operation to a loop that is
+    gone, and Python prints a traceback for each, long after the caller was told what is wrong.
+    """
+    report = sys.unraisablehook
+
+    def report_unless_late(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            report(unraisable)
+
+    sys.unraisablehook = report_unless_late
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.checkpoint.orbax import is_orbax, load_orbax, save_orbax
+from jaxinfer.checkpoint.orbax import _drop_late_results, is_orbax, load_orbax, save_orbax
 from tests.sharding.run_on_devices import run_on_devices
 
 SHAPES = {"embed": (16, 8), "norm": (8,)}
@@ -91,3 +93,16 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     save_orbax(tmp_path, make_params())
     with pytest.raises(ValueError, match="could not be written"):
         save_orbax(tmp_path, make_params())
+
+
+def test_reads_that_end_after_another_failed_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: said.append(str(unraisable.exc_value)))
+    _drop_late_results.cache_clear()
+    save_orbax(tmp_path, make_params())
+    with pytest.raises(ValueError, match="could not be written"):
+        save_orbax(tmp_path, make_params())
+    for text in ("Event loop is closed", "something else"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))  # type: ignore[arg-type]
+    assert said == ["something else"]
+    _drop_late_results.cache_clear()
