@@ -58,7 +58,7 @@ def convert(model, out, kind):
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c["num_hidden_layers"])
     with safe_open(os.path.join(model, "model.safetensors"), "np") as f:
-        for k in f:
+        for k in f.keys():  # noqa: SIM118 - not iterable itself
             x = f.get_tensor(k).astype(np.float32)
             if k.endswith("q_proj.weight"):
                 x = permute(x, c["num_attention_heads"])
