@@ -48,7 +48,7 @@ class Engine:
         self.plan = resolve(config, self.loaded.config, self.loaded.model.dtype, self.loaded.mesh)
         log.info("%s", self.plan.describe())
         self.metrics = EngineMetrics(self.plan.kv_cache_bytes)
-        self.runner = Runner(self.loaded.model, self.loaded.params, self.plan, self.metrics)
+        self.runner = Runner(*self.loaded.serving_form(), self.plan, self.metrics)
         self._num_added = 0
         self._open_books()
 
@@ -179,7 +179,8 @@ class Engine:
         placed = self.loaded.place(params)
         self._in_flight = None
         self.scheduler.reset_cache()
-        self.loaded.params = self.runner.params = placed
+        self.loaded.params = placed
+        self.runner.set_params(self.loaded.serving_form()[1])
 
     def _commit(self, schedule: Schedule, pending: PendingStep) -> tuple[list[RequestOutput], float]:
         """Read a step and hand out its tokens. Returns the outputs and the seconds spent waiting for the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.checkpoint.config import GenerationDefaults, read_config
 from jaxinfer.checkpoint.hub import resolve_model_dir
-from jaxinfer.checkpoint.load import load_params
+from jaxinfer.checkpoint.load import aligned_empty, load_params
 from jaxinfer.checkpoint.orbax import is_orbax, load_orbax
 from jaxinfer.checkpoint.reader import CheckpointReader
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.fused import fuse, unfuse
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.registry import resolve as resolve_family
 from jaxinfer.plan import resolve_dtype
@@ -70,6 +72,35 @@ class LoadedModel:
                 )
         cast = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, self.model.abstract_params)
         return jax.device_put(cast, self.shardings)
+
+    def serving_form(self) -> tuple[Model, Params]:
+        """The model and the parameters as an engine runs them; see models/fused.py.
+
+        On one CPU device they are fused, and `params` then shares their memory: nothing is held twice.
+        """
+        if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
+            return self.model, self.params
+        fused, views = {}, {}
+        for index in list(self.params["layers"]):
+            layer = self.params["layers"][index]
+            fused[index] = jax.tree.map(self._on_device, fuse(layer, _join))
+            views[index] = jax.tree.map(self._on_device, unfuse(fused[index], layer, _cut))
+        ends = {name: value for name, value in self.params.items() if name != "layers"}
+        self.params = {**ends, "layers": views}
+        return Model(self.config, self.model.dtype, fused=True), {**ends, "layers": fused}
+
+    def _on_device(self, leaf: Any) -> jax.Array:
+        return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec())) if isinstance(leaf, np.ndarray) else leaf
+
+
+def _join(parts: Sequence[jax.Array]) -> np.ndarray:
+    whole = aligned_empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), parts[0].dtype)
+    return np.concatenate([np.asarray(part) for part in parts], out=whole)
+
+
+def _cut(whole: jax.Array, like: Sequence[jax.Array]) -> list[np.ndarray]:
+    """Views of an array's rows on the host, which XLA's CPU client takes over without a copy where they are aligned."""
+    return np.split(np.asarray(whole), np.cumsum([part.shape[0] for part in like])[:-1])
 
 
 def load_model(

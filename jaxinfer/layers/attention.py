@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.layers.linear import Linear
@@ -29,9 +30,13 @@ class Attend(Protocol[Cache]):
 
 
 class Attention(nnx.Module):
-    """The layer's own part of attention: what comes before the softmax, and what comes after."""
+    """The layer's own part of attention: what comes before the softmax, and what comes after.
 
-    def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig) -> None:
+    fused: where the layer has a q, k and v of its own they are one matrix, `qkv`, its rows the heads of q, k and v.
+    """
+
+    def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig, *, fused: bool = False) -> None:
+        self.num_heads, self.num_kv_heads = layer.num_heads, layer.num_kv_heads
         self.norm_eps = config.norm_eps
         self.value_norm = config.value_norm
         embed = {"embed": config.hidden_size}
@@ -46,19 +51,20 @@ class Attention(nnx.Module):
             axes = {"head_dim": layer.head_dim} if config.qk_norm == "head" else heads
             return RMSNorm(make, axes, eps=config.norm_eps, offset=config.norm_offset)
 
-        self.q = Linear(make, embed, q_heads, bias=config.qkv_bias)
-        self.k = Linear(make, embed, kv_heads, bias=config.qkv_bias) if owns_kv else None
-        self.v = Linear(make, embed, kv_heads, bias=config.qkv_bias) if owns_v else None
+        fused = fused and owns_v
+        all_heads = {"qkv_heads": layer.num_heads + 2 * layer.num_kv_heads, "head_dim": layer.head_dim}
+        self.qkv = Linear(make, embed, all_heads, bias=config.qkv_bias) if fused else None
+        self.q = None if fused else Linear(make, embed, q_heads, bias=config.qkv_bias)
+        self.k = Linear(make, embed, kv_heads, bias=config.qkv_bias) if owns_kv and not fused else None
+        self.v = Linear(make, embed, kv_heads, bias=config.qkv_bias) if owns_v and not fused else None
         self.o = Linear(make, q_heads, embed, bias=config.output_bias)
         self.q_norm = head_norm(q_heads)
         self.k_norm = head_norm(kv_heads) if owns_kv else None
 
     def project(self, x: jax.Array, cos_sin: Rotation | None) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """x [T, D] -> q [T, N, H], k and v [T, K, H] (None where another layer's are read)."""
-        q, k, v = self.q(x), None, None
-        if self.k is not None:
-            k = self.k(x)
-            v = k if self.v is None else self.v(x)
+        q, k, v = self._products(x)
+        if k is not None and v is not None:
             if self.value_norm:
                 v = rms_normalize(v, self.norm_eps).astype(v.dtype)
             if self.k_norm is not None:
@@ -70,6 +76,16 @@ class Attention(nnx.Module):
         if cos_sin is not None:
             q = rotate(q, cos_sin)
         return q, k, v
+
+    def _products(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        if self.qkv is not None:
+            q, k, v = jnp.split(self.qkv(x), (self.num_heads, self.num_heads + self.num_kv_heads), axis=1)
+            return q, k, v
+        assert self.q is not None
+        if self.k is None:
+            return self.q(x), None, None
+        k = self.k(x)
+        return self.q(x), k, k if self.v is None else self.v(x)
 
     def combine(self, mixed: jax.Array) -> jax.Array:
         """The heads' mixed values [T, N, H] -> [T, D]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.layers.linear import Linear
@@ -20,16 +21,25 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """down(act(gate(x)) * up(x)) when gated, down(act(up(x))) when not; x [T, D] -> [T, D]."""
+    """down(act(gate(x)) * up(x)) when gated, down(act(up(x))) when not; x [T, D] -> [T, D].
 
-    def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig) -> None:
+    fused: gate and up are one matrix, `gate_up`, the rows of gate first.
+    """
+
+    def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig, *, fused: bool = False) -> None:
         embed, ffn = {"embed": config.hidden_size}, {"ffn": layer.ffn_dim}
         self.activation = config.activation
-        self.gate = Linear(make, embed, ffn, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up = Linear(make, embed, ffn, bias=config.mlp_bias)
+        fused = fused and config.gated_mlp
+        both = {"gate_up": 2 * layer.ffn_dim}
+        self.gate_up = Linear(make, embed, both, bias=config.mlp_bias) if fused else None
+        self.gate = Linear(make, embed, ffn, bias=config.mlp_bias) if config.gated_mlp and not fused else None
+        self.up = None if fused else Linear(make, embed, ffn, bias=config.mlp_bias)
         self.down = Linear(make, ffn, embed, bias=config.mlp_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         act = ACTIVATIONS[self.activation]
-        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(hidden)
+        if self.gate_up is not None:
+            gate, up = jnp.split(self.gate_up(x), 2, axis=1)
+            return self.down(act(gate) * up)
+        assert self.up is not None
+        return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))

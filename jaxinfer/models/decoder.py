@@ -1,22 +1,20 @@
-"""The one decoder. What differs between families is data in `ModelConfig`."""
+"""The one decoder: its layers and its two ends. What differs between families is data in `ModelConfig`."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.layers.attention import Attend, Attention, Cache
+from jaxinfer.layers.attention import Attention
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.linear import Linear, project
 from jaxinfer.layers.mlp import ACTIVATIONS, MLP
 from jaxinfer.layers.norm import RMSNorm, make_norm
 from jaxinfer.layers.parameters import Parameters
-from jaxinfer.layers.rotary import Rotation, rotation
+from jaxinfer.layers.rotary import Rotation
 from jaxinfer.models.config import LayerConfig, ModelConfig
 
 
@@ -62,14 +60,14 @@ class DecoderLayer(nnx.Module):
     It is two functions, with attention over whatever holds the keys and values between them.
     """
 
-    def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig) -> None:
+    def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig, *, fused: bool = False) -> None:
         before = config.norm_placement in ("pre", "sandwich")
         after = config.norm_placement in ("post", "sandwich")
         self.attention_norm = make_norm(make, config) if before else None
-        self.attention = Attention(make, config, layer)
+        self.attention = Attention(make, config, layer, fused=fused)
         self.attention_post_norm = make_norm(make, config) if after else None
         self.mlp_norm = make_norm(make, config) if before else None
-        self.mlp = MLP(make, config, layer)
+        self.mlp = MLP(make, config, layer, fused=fused)
         self.mlp_post_norm = make_norm(make, config) if after else None
         self.per_layer = PerLayerResidual(make, config) if config.per_layer_input_dim else None
         self.scalar = make.constant({"one": 1}, 1.0) if config.layer_scalar else None
@@ -90,19 +88,8 @@ class DecoderLayer(nnx.Module):
         return x if self.scalar is None else x * self.scalar[...]
 
 
-# Layers of one structure are traced once: inside an outer jit these are calls of one and the same function.
-@partial(jax.jit, static_argnums=0)
-def _before(graph: Any, state: Any, x: jax.Array, cos_sin: Rotation | None) -> Any:
-    return nnx.merge(graph, state).before(x, cos_sin)
-
-
-@partial(jax.jit, static_argnums=0)
-def _after(graph: Any, state: Any, x: jax.Array, mixed: jax.Array, per_layer_input: jax.Array | None) -> jax.Array:
-    return nnx.merge(graph, state).after(x, mixed, per_layer_input)
-
-
-class Decoder(nnx.Module):
-    """Token ids [T] -> hidden states [T, D] -> logits [T, V]."""
+class Ends(nnx.Module):
+    """What comes before the first layer and after the last: tokens to the residual stream, and that to logits."""
 
     def __init__(self, make: Parameters, config: ModelConfig) -> None:
         self.config = config
@@ -110,38 +97,20 @@ class Decoder(nnx.Module):
         self.embed = Embedding(make, vocab, embed)
         self.positions = Embedding(make, {"position": config.max_position}, embed) if config.learned_positions else None
         self.per_layer = PerLayerInputs(make, config) if config.per_layer_input_dim else None
-        self.layers = nnx.List([DecoderLayer(make, config, layer) for layer in config.layers])
         self.final_norm = make_norm(make, config)
         self.lm_head = None if config.tie_embeddings else Linear(make, embed, vocab)
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend[Cache], cache: Cache, *, context_len: int
-    ) -> tuple[jax.Array, Cache]:
-        """tokens, positions int32 [T] -> final hidden states [T, D], and the cache with this step's keys and values.
-
-        `context_len`: the longest sequence this program serves; see layers/rotary.py.
-        """
+    def begin(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """tokens, positions int32 [T] -> x [T, D], and the per-layer inputs [T, layers, Dp] or None."""
         x = self.embed(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.positions is not None:
             x = x + self.positions(positions)
-        per_layer = None if self.per_layer is None else self.per_layer(tokens, x)
-        # In the layers' order: a set's differs between processes, and so would the programs, which are kept on disk.
-        rotations = {}
-        for rope in (layer.rope for layer in self.config.layers):
-            if rope is not None and rope not in rotations:
-                rotations[rope] = rotation(rope, positions, context_len)
-        for index, (layer, layer_config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            graph, state = nnx.split(layer)
-            cos_sin = None if layer_config.rope is None else rotations[layer_config.rope]
-            q, k, v = _before(graph, state, x, cos_sin)
-            mixed, cache = attend(index, q, k, v, cache)
-            x = _after(graph, state, x, mixed, None if per_layer is None else per_layer[:, index])
-        return self.final_norm(x), cache
+        return x, None if self.per_layer is None else self.per_layer(tokens, x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [T, D] -> float32 [T, V]."""
+        """hidden [T, D], after the final norm -> float32 [T, V]."""
         y = project(hidden, self.embed.weight[...]) if self.lm_head is None else self.lm_head(hidden)
         y = y.astype(jnp.float32)
         cap = self.config.logits_softcap

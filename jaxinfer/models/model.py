@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -13,11 +14,26 @@ from flax import nnx
 
 from jaxinfer.layers.attention import Attend, Cache
 from jaxinfer.layers.parameters import Parameters
+from jaxinfer.layers.rotary import Rotation, rotation
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.decoder import Decoder
+from jaxinfer.models.decoder import DecoderLayer, Ends
 from jaxinfer.models.dense import dense_attend
 
 Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Stream:
+    """What enters the first layer.
+
+    x [T, D]. rotations: of each rope of the model, in the order in which layers first use them. per_layer: every
+    layer's own input [T, Dp], or nothing.
+    """
+
+    x: jax.Array
+    rotations: tuple[Rotation, ...]
+    per_layer: tuple[jax.Array, ...]
 
 
 class Model:
@@ -25,30 +41,82 @@ class Model:
 
     Parameters are nested dicts of arrays with string keys: {"layers": {"0": {"attention": {"q": {"weight": ...}}}}}.
     Every method is pure and may be called inside the caller's own `jit` or `grad`.
+
+    fused: products that read the same rows are one matrix, "qkv" and "gate_up"; see models/fused.py.
     """
 
-    def __init__(self, config: ModelConfig, dtype: Any = jnp.float32) -> None:
+    def __init__(self, config: ModelConfig, dtype: Any = jnp.float32, *, fused: bool = False) -> None:
         self.config = config
         self.dtype = np.dtype(dtype)
-        self._graph, self._state = nnx.split(Decoder(Parameters(self.dtype), config))
+        self.fused = fused
+        # In the layers' order: a set's differs between processes, and so would the programs, which are kept on disk.
+        self._ropes = tuple(dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None))
+        ends, layers = self._modules(None)
+        self._ends = nnx.graphdef(ends)
+        self._layers = tuple(nnx.graphdef(layer) for layer in layers)
+
+    def _modules(self, seed: int | None) -> tuple[Ends, list[DecoderLayer]]:
+        make = Parameters(self.dtype, seed)
+        layers = [DecoderLayer(make, self.config, layer, fused=self.fused) for layer in self.config.layers]
+        return Ends(make, self.config), layers
 
     @cached_property
     def abstract_params(self) -> Params:
         """The parameters' shapes and dtypes, as jax.ShapeDtypeStruct leaves."""
-        return _with_string_keys(nnx.to_pure_dict(self._state))
+        return self._params(None)
 
     @cached_property
     def logical_axes(self) -> Params:
         """For every parameter the tuple of its axes' logical names; None marks an axis that is never split."""
-        axes: Params = {}
-        for path, variable in nnx.to_flat_state(self._state):
-            _insert(axes, tuple(str(key) for key in path), tuple(variable.get_metadata()["axes"]))
-        return axes
+        ends, layers = self._modules(None)
+        return {**_axes(ends), "layers": {str(index): _axes(layer) for index, layer in enumerate(layers)}}
 
     def init_params(self, seed: int = 0) -> Params:
         """Random parameters, scaled so that activations keep their size: for tests, benchmarks and training."""
-        state = nnx.state(Decoder(Parameters(self.dtype, seed), self.config))
-        return _with_string_keys(nnx.to_pure_dict(state))
+        return self._params(seed)
+
+    def _params(self, seed: int | None) -> Params:
+        ends, layers = self._modules(seed)
+        return {**_values(ends), "layers": {str(index): _values(layer) for index, layer in enumerate(layers)}}
+
+    def begin(self, params: Params, tokens: jax.Array, positions: jax.Array, *, context_len: int) -> Stream:
+        """tokens, positions int32 [T] -> what enters the first layer. Of `params` it reads all but "layers".
+
+        `context_len`: the longest sequence this program serves; see layers/rotary.py.
+        """
+        x, per_layer = self._bind_ends(params).begin(tokens, positions)
+        rotations = tuple(rotation(rope, positions, context_len) for rope in self._ropes)
+        split = () if per_layer is None else tuple(per_layer[:, index] for index in range(len(self._layers)))
+        return Stream(x, rotations, split)
+
+    def layer(
+        self,
+        index: int,
+        params: Params,
+        x: jax.Array,
+        rotations: tuple[Rotation, ...],
+        per_layer: jax.Array | None,
+        attend: Attend[Cache],
+        cache: Cache,
+    ) -> tuple[jax.Array, Cache]:
+        """One layer over the residual stream x [T, D]; `params` are the layer's own.
+
+        Two layers of the same LayerConfig are the same function of their arguments, but for what `attend` makes of
+        the index.
+        """
+        rope = self.config.layers[index].rope
+        cos_sin = None if rope is None else rotations[self._ropes.index(rope)]
+        q, k, v = _before(self._layers[index], params, x, cos_sin)
+        mixed, cache = attend(index, q, k, v, cache)
+        return _after(self._layers[index], params, x, mixed, per_layer), cache
+
+    def end(self, params: Params, x: jax.Array) -> jax.Array:
+        """x [T, D] after the last layer -> hidden states [T, D] for `logits`."""
+        return self._bind_ends(params).final_norm(x)
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """hidden [T, D] -> float32 logits [T, V]. Of `params` it reads all but "layers"."""
+        return self._bind_ends(params).logits(hidden)
 
     def hidden(
         self,
@@ -60,12 +128,13 @@ class Model:
         *,
         context_len: int,
     ) -> tuple[jax.Array, Cache]:
-        """tokens, positions int32 [T] -> final hidden states [T, D] and the extended cache; see Decoder."""
-        return self._bind(params)(tokens, positions, attend, cache, context_len=context_len)
-
-    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """hidden [T, D] -> float32 logits [T, V]."""
-        return self._bind(params).logits(hidden)
+        """tokens, positions int32 [T] -> final hidden states [T, D] and the extended cache: the whole decoder."""
+        stream = self.begin(params, tokens, positions, context_len=context_len)
+        x = stream.x
+        for index in range(len(self._layers)):
+            own = stream.per_layer[index] if stream.per_layer else None
+            x, cache = self.layer(index, params["layers"][str(index)], x, stream.rotations, own, attend, cache)
+        return self.end(params, x), cache
 
     def forward(self, params: Params, tokens: jax.Array, context_len: int | None = None) -> jax.Array:
         """Logits of whole sequences, without a cache.
@@ -79,27 +148,35 @@ class Model:
         if tokens.ndim != 1:
             raise ValueError(f"tokens has shape {tokens.shape}; give [T] or [batch, T]")
         length = tokens.shape[0]
-        decoder = self._bind(params)
         positions = jnp.arange(length, dtype=jnp.int32)
-        hidden, _ = decoder(tokens, positions, dense_attend(self.config), {}, context_len=context_len or length)
-        return decoder.logits(hidden)
+        attend = dense_attend(self.config)
+        hidden, _ = self.hidden(params, tokens, positions, attend, {}, context_len=context_len or length)
+        return self.logits(params, hidden)
 
-    def _bind(self, params: Params) -> Decoder:
-        return nnx.merge(self._graph, _with_list_keys(params))
-
-
-def _insert(tree: Params, path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
+    def _bind_ends(self, params: Params) -> Ends:
+        return nnx.merge(self._ends, {name: value for name, value in params.items() if name != "layers"})
 
 
-def _with_string_keys(tree: Any) -> Any:
-    return {str(k): _with_string_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+# Layers of one structure are traced once: inside an outer jit these are calls of one and the same function.
+@partial(jax.jit, static_argnums=0)
+def _before(graph: Any, params: Params, x: jax.Array, cos_sin: Rotation | None) -> Any:
+    return nnx.merge(graph, params).before(x, cos_sin)
 
 
-def _with_list_keys(tree: Any) -> Any:
-    """NNX numbers the items of a list with ints; everywhere else keys are strings."""
-    if not isinstance(tree, dict):
-        return tree
-    return {int(k) if k.isdigit() else k: _with_list_keys(v) for k, v in tree.items()}
+@partial(jax.jit, static_argnums=0)
+def _after(graph: Any, params: Params, x: jax.Array, mixed: jax.Array, per_layer_input: jax.Array | None) -> jax.Array:
+    return nnx.merge(graph, params).after(x, mixed, per_layer_input)
+
+
+def _values(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.state(module))
+
+
+def _axes(module: nnx.Module) -> Params:
+    axes: Params = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        inner = axes
+        for key in path[:-1]:
+            inner = inner.setdefault(str(key), {})
+        inner[str(path[-1])] = tuple(variable.get_metadata()["axes"])
+    return axes

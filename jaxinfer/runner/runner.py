@@ -22,6 +22,7 @@ from jaxinfer.plan import Plan
 from jaxinfer.runner import step
 from jaxinfer.runner.batch import BatchLayout, pack
 from jaxinfer.runner.programs import Programs
+from jaxinfer.runner.segments import segments
 from jaxinfer.sampling.logprobs import TokenLogprobs
 from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingTable
 from jaxinfer.sampling.sampler import SampleOutput
@@ -82,14 +83,18 @@ def _fetch(scores: TokenLogprobs, count: int) -> ScoredTokens:
 class Runner:
     """The device's side of an engine: parameters, page pools, sampler state and the compiled programs.
 
-    Programs: one backbone for each token bucket, one sampler for each row bucket, one scorer of prompt tokens for each
-    token bucket that needs it, one page copier, one admission.
+    Programs: for each token bucket one that begins, one that ends and one for each kind of segment (segments.py); one
+    sampler for each row bucket, one scorer of prompt tokens for each token bucket that needs it, one page copier, one
+    admission.
     """
 
     def __init__(self, model: Model, params: Params, plan: Plan, metrics: EngineMetrics) -> None:
         self.model = model
-        self.params = params
         self.plan = plan
+        self._segments = segments(plan)
+        functions = [segment.function for segment in self._segments]
+        self._same_as = [functions.index(function) for function in functions]
+        self.set_params(params)
         self._programs = Programs(metrics)
         self._table = SamplingTable(plan.max_num_seqs)
         self._replicated = NamedSharding(plan.mesh, PartitionSpec())
@@ -108,15 +113,14 @@ class Runner:
                 self._admit(row)
         if schedule.copies:
             self._copy_pages(schedule.copies)
-        backbone = self._backbone(layout)
-        self._pools, hidden, sampled_from = backbone(self.params, self._pools, self._state.last_tokens, buffer)
+        hidden, sampled_from = self._run_model(layout, buffer)
         sampled = None
         rows = schedule.sampling_rows
         if rows:
             positions = [row.start + row.num_tokens - row.sequence.num_prompt_tokens for row in rows]
             size = bucket(len(rows), self.plan.sequence_buckets)
             words = self._table.rows([row.slot for row in rows], positions, size).words
-            sampled, self._state = self._sampler(size)(self.params, self._state, sampled_from, words)
+            sampled, self._state = self._sampler(size)(self._ends, self._state, sampled_from, words)
         return PendingStep(
             schedule,
             hidden,
@@ -125,10 +129,22 @@ class Runner:
             scored=self._score_prompts(schedule, hidden),
         )
 
+    def set_params(self, params: Params) -> None:
+        """Use these parameters from the next step on; shaped as the model's, on their devices."""
+        layers = params["layers"]
+        self._ends = {name: value for name, value in params.items() if name != "layers"}
+        self._segment_params = tuple(
+            tuple(layers[str(index)] for index in segment.layers) for segment in self._segments
+        )
+
     def warm_up(self) -> None:
         """Compile every program."""
         for num_tokens in self.plan.token_buckets:
-            self._backbone(self._layout(num_tokens))
+            layout = self._layout(num_tokens)
+            self._begin(layout)
+            for number in range(len(self._segments)):
+                self._layers(layout, number)
+            self._end(layout)
             self._scorer(num_tokens)
         for num_rows in self.plan.sequence_buckets:
             self._sampler(num_rows)
@@ -140,6 +156,26 @@ class Runner:
         self._pools = empty_pools(self._abstract_pools)
         seqs, vocab_size = self.plan.max_num_seqs, self.model.config.vocab_size
         self._state = jax.jit(partial(init_state, seqs, vocab_size), out_shardings=self._replicated)()
+
+    def _run_model(self, layout: BatchLayout, buffer: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Send all layers over one packed batch: hidden states [T, D], and those of the rows to sample from [S, D]."""
+        words = jax.device_put(buffer, self._replicated)
+        stream, prepared = self._begin(layout)(self._ends, self._state.last_tokens, words)
+        x, pools = stream.x, list(self._pools)
+        for number, (segment, params) in enumerate(zip(self._segments, self._segment_params, strict=True)):
+            x, updated = self._layers(layout, number)(
+                params,
+                x,
+                tuple(pools[pool] for pool in segment.pools),
+                stream.rotations,
+                tuple(stream.per_layer[index] for index in segment.layers) if stream.per_layer else (),
+                tuple(prepared[kind] for kind in segment.kinds),
+                words,
+            )
+            for pool, array in zip(segment.pools, updated, strict=True):
+                pools[pool] = array
+            self._pools = tuple(pools)
+        return self._end(layout)(self._ends, x, words)
 
     def _layout(self, num_tokens: int) -> BatchLayout:
         return BatchLayout(num_tokens, self.plan.max_num_seqs, self.plan.table_widths)
@@ -188,7 +224,7 @@ class Runner:
                     rows[0, : len(targets)] = first + start - row.start + np.arange(len(targets))
                     rows[1, : len(targets)] = targets
                     scorer = self._scorer(hidden.shape[0])
-                    scored.append((sequence, start + 1, targets, scorer(self.params, hidden, rows[0], rows[1])))
+                    scored.append((sequence, start + 1, targets, scorer(self._ends, hidden, rows[0], rows[1])))
             first += row.num_tokens
         return tuple(scored)
 
@@ -200,19 +236,55 @@ class Runner:
     def _options(self, num_rows: int) -> dict[str, str]:
         return compiler_options(num_rows, self.plan.mesh.devices.flat[0].platform)
 
-    def _backbone(self, layout: BatchLayout) -> Any:
+    def _begin(self, layout: BatchLayout) -> Any:
         def lower() -> jax.stages.Lowered:
-            run = partial(step.backbone, self.model, self.plan, layout)
-            jitted = jax.jit(run, donate_argnums=1, out_shardings=self._replicated)
-            return jitted.lower(self.params, self._pools, self._state.last_tokens, self._host((layout.size,)))
+            run = jax.jit(partial(step.begin, self.model, self.plan, layout), out_shardings=self._replicated)
+            return run.lower(self._ends, self._state.last_tokens, self._host((layout.size,)))
 
-        return self._programs.get(("backbone", layout.num_tokens), lower, self._options(layout.num_tokens))
+        return self._programs.get(("begin", layout.num_tokens), lower)
+
+    def _layers(self, layout: BatchLayout, number: int) -> Any:
+        """The program of a segment, which it shares with those of the same function."""
+        number = self._same_as[number]
+        segment = self._segments[number]
+
+        def lower() -> jax.stages.Lowered:
+            words = self._host((layout.size,))
+            stream, prepared = jax.eval_shape(
+                partial(step.begin, self.model, self.plan, layout), self._ends, self._state.last_tokens, words
+            )
+            run = jax.jit(
+                partial(step.run_layers, self.model, self.plan, layout, segment),
+                donate_argnums=(1, 2),
+                out_shardings=self._replicated,
+            )
+            arrays = stream.x, stream.rotations, tuple(stream.per_layer[: len(segment.layers)]), prepared
+            x, rotations, per_layer, prepared = jax.tree.map(lambda leaf: self._host(leaf.shape, leaf.dtype), arrays)
+            return run.lower(
+                self._segment_params[number],
+                x,
+                tuple(self._abstract_pools[pool] for pool in segment.pools),
+                rotations,
+                per_layer,
+                tuple(prepared[kind] for kind in segment.kinds),
+                words,
+            )
+
+        return self._programs.get(("layers", layout.num_tokens, number), lower, self._options(layout.num_tokens))
+
+    def _end(self, layout: BatchLayout) -> Any:
+        def lower() -> jax.stages.Lowered:
+            run = jax.jit(partial(step.end, self.model, layout), donate_argnums=1, out_shardings=self._replicated)
+            x = self._host((layout.num_tokens, self.model.config.hidden_size), self.plan.dtype)
+            return run.lower(self._ends, x, self._host((layout.size,)))
+
+        return self._programs.get(("end", layout.num_tokens), lower)
 
     def _sampler(self, num_rows: int) -> Any:
         def lower() -> jax.stages.Lowered:
             run = jax.jit(partial(step.sample_tokens, self.model), donate_argnums=1, out_shardings=self._replicated)
             hidden = self._host((self.plan.max_num_seqs, self.model.config.hidden_size), self.plan.dtype)
-            return run.lower(self.params, self._state, hidden, self._host((num_rows, NUM_COLUMNS)))
+            return run.lower(self._ends, self._state, hidden, self._host((num_rows, NUM_COLUMNS)))
 
         return self._programs.get(("sampler", num_rows), lower, self._options(num_rows))
 
@@ -221,7 +293,7 @@ class Runner:
             run = jax.jit(partial(step.score_tokens, self.model), out_shardings=self._replicated)
             hidden = self._host((num_tokens, self.model.config.hidden_size), self.plan.dtype)
             rows = self._host((SCORED_ROWS,))
-            return run.lower(self.params, hidden, rows, rows)
+            return run.lower(self._ends, hidden, rows, rows)
 
         return self._programs.get(("scorer", num_tokens), lower, self._options(SCORED_ROWS))
 

@@ -10,22 +10,68 @@ import jax.numpy as jnp
 
 from jaxinfer.cache.pool import Pools
 from jaxinfer.layers.attention import Attend
-from jaxinfer.models.model import Model, Params
+from jaxinfer.layers.rotary import Rotation
+from jaxinfer.models.model import Model, Params, Stream
 from jaxinfer.ops.paged_attention import AttentionCase, Backend
 from jaxinfer.plan import Plan
 from jaxinfer.runner.batch import BatchLayout, DeviceBatch
+from jaxinfer.runner.segments import Segment, attention_kinds
 from jaxinfer.sampling.logprobs import TokenLogprobs, score
 from jaxinfer.sampling.rows import SamplingRows
 from jaxinfer.sampling.sampler import SampleOutput, sample
 from jaxinfer.sampling.state import SamplerState
 
 
-def paged_attend(plan: Plan, batch: DeviceBatch) -> Attend[Pools]:
-    """Attention over the page pools; what a backend derives from the batch is derived once per case, not per layer."""
-    prepared: dict[Any, Any] = {}
-    for layer in plan.layers:
-        if (layer.case, layer.group) not in prepared:
-            prepared[layer.case, layer.group] = layer.backend.prepare(layer.case, batch, layer.group)
+def begin(
+    model: Model, plan: Plan, layout: BatchLayout, ends: Params, last_tokens: jax.Array, buffer: jax.Array
+) -> tuple[Stream, tuple[Any, ...]]:
+    """A packed batch to what enters the first layer, and what attention needs to know of the batch, kind by kind.
+
+    last_tokens int32 [slots]: the newest token of each sampling slot, still on the device when this step is sent.
+    """
+    batch = layout.unpack(buffer)
+    from_slot = last_tokens[jnp.maximum(batch.token_slots, 0)]
+    tokens = jnp.where(batch.token_slots >= 0, from_slot, batch.tokens)
+    backends = {(layer.case, layer.group): layer.backend for layer in plan.layers}
+    prepared = tuple(backends[kind].prepare(kind[0], batch, kind[1]) for kind in attention_kinds(plan))
+    return model.begin(ends, tokens, batch.positions, context_len=plan.max_model_len), prepared
+
+
+def run_layers(
+    model: Model,
+    plan: Plan,
+    layout: BatchLayout,
+    segment: Segment,
+    layers: tuple[Params, ...],
+    x: jax.Array,
+    pools: Pools,
+    rotations: tuple[Rotation, ...],
+    per_layer: tuple[jax.Array, ...],
+    prepared: tuple[Any, ...],
+    buffer: jax.Array,
+) -> tuple[jax.Array, Pools]:
+    """The layers of a segment, or of another of the same function: x [T, D], their pools, and both after them.
+
+    layers, pools, per_layer, prepared: those of the segment, in its order.
+    """
+    attend = _paged_attend(plan, segment, layout.unpack(buffer), prepared)
+    for place, index in enumerate(segment.layers):
+        own = per_layer[place] if per_layer else None
+        x, pools = model.layer(index, layers[place], x, rotations, own, attend, pools)
+    return x, pools
+
+
+def end(
+    model: Model, layout: BatchLayout, ends: Params, x: jax.Array, buffer: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """x [T, D] after the last layer -> hidden states [T, D], and those of the rows to sample from [S, D]."""
+    hidden = model.end(ends, x)
+    return hidden, hidden[layout.unpack(buffer).logits_tokens]
+
+
+def _paged_attend(plan: Plan, segment: Segment, batch: DeviceBatch, prepared: tuple[Any, ...]) -> Attend[Pools]:
+    """Attention over the page pools of a segment; what a backend derives from the batch is derived once per kind."""
+    kinds = attention_kinds(plan)
 
     def attend(
         index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, cache: Pools
@@ -33,10 +79,11 @@ def paged_attend(plan: Plan, batch: DeviceBatch) -> Attend[Pools]:
         layer = plan.layers[index]
         if k is not None and v is not None:
             k, v = _with_finite_values(k, v)
-        metadata = prepared[layer.case, layer.group]
+        metadata = prepared[segment.kinds.index(kinds.index((layer.case, layer.group)))]
+        place = segment.pools.index(layer.pool)
         run = _run_traced_once
-        out, pool = run(layer.backend, layer.case, layer.group, q, k, v, cache[layer.pool], batch, metadata)
-        return out, (*cache[: layer.pool], pool, *cache[layer.pool + 1 :])
+        out, pool = run(layer.backend, layer.case, layer.group, q, k, v, cache[place], batch, metadata)
+        return out, (*cache[:place], pool, *cache[place + 1 :])
 
     return attend
 
@@ -66,29 +113,6 @@ def _run_traced_once(
 ) -> tuple[jax.Array, Any]:
     """Layers of one case call one and the same function, so that a deep model is traced as fast as a shallow one."""
     return backend.run(case, q, k, v, pool, batch, group, metadata)
-
-
-def backbone(
-    model: Model,
-    plan: Plan,
-    layout: BatchLayout,
-    params: Params,
-    pools: Pools,
-    last_tokens: jax.Array,
-    buffer: jax.Array,
-) -> tuple[Pools, jax.Array, jax.Array]:
-    """All layers over one packed batch.
-
-    last_tokens int32 [slots]: the newest token of each sampling slot, still on the device when this step is sent.
-    Returns the pools, hidden states [T, D], and those of the rows to sample from [S, D].
-    """
-    batch = layout.unpack(buffer)
-    from_slot = last_tokens[jnp.maximum(batch.token_slots, 0)]
-    tokens = jnp.where(batch.token_slots >= 0, from_slot, batch.tokens)
-    hidden, pools = model.hidden(
-        params, tokens, batch.positions, paged_attend(plan, batch), pools, context_len=plan.max_model_len
-    )
-    return pools, hidden, hidden[batch.logits_tokens]
 
 
 def sample_tokens(

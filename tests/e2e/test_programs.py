@@ -63,7 +63,8 @@ def test_nothing_compiles_after_warm_up(engine: Engine, monkeypatch: pytest.Monk
     warm.warm_up()
     stats = warm.stats()
     num_programs = stats.num_programs_compiled + stats.num_programs_loaded
-    assert num_programs == 2 * 5 + 2 + 2  # backbones and scorers, samplers, page copier and admission
+    # begin, layers, end and scorer of each token bucket; samplers; page copier and admission
+    assert num_programs == 4 * 5 + 2 + 2
     rng = np.random.default_rng(0)
     shared = random_prompt(rng, 40)
     ids: list[str] = []

@@ -1,0 +1,42 @@
+"""Parameters with the projections that read the same rows as one matrix: q, k and v; gate and up.
+
+A product of one row runs at memory speed only while it runs, and every product has a start and an end: fewer, larger
+ones are faster. Tensor parallelism has to cut q, k and v apart, so the model at large keeps them so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_FUSED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
+
+Join = Callable[[Sequence[Any]], Any]
+Cut = Callable[[Any, Sequence[Any]], Sequence[Any]]
+
+
+def fuse(layer: Mapping[str, Any], join: Join) -> dict[str, Any]:
+    """The parameters of one layer of Model(config) as those of Model(config, fused=True); `join` concatenates rows.
+
+    What a layer lacks one of (keys that another layer computes, an ungated feed-forward) stays as it is.
+    """
+    fused = dict(layer)
+    for block, (name, parts) in _FUSED.items():
+        own = layer[block]
+        if all(part in own for part in parts):
+            rest = {key: value for key, value in own.items() if key not in parts}
+            whole = {leaf: join([own[part][leaf] for part in parts]) for leaf in own[parts[0]]}
+            fused[block] = {**rest, name: whole}
+    return fused
+
+
+def unfuse(fused: Mapping[str, Any], like: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
+    """The inverse of `fuse`. like: the layer's unfused parameters or their shapes; `cut` cuts rows as theirs are."""
+    layer = dict(fused)
+    for block, (name, parts) in _FUSED.items():
+        own = fused[block]
+        if name in own:
+            rest = {key: value for key, value in own.items() if key != name}
+            cuts = {leaf: cut(whole, [like[block][part][leaf] for part in parts]) for leaf, whole in own[name].items()}
+            layer[block] = {**rest, **{part: {leaf: cuts[leaf][i] for leaf in cuts} for i, part in enumerate(parts)}}
+    return layer
