@@ -15,12 +15,20 @@ import jax.numpy as jnp
 
 _BLOCKED_ROWS = range(2, 512)
 _EIGEN_ROWS = range(17, 512)
+# Eigen is slow at paged attention's many small products, which outweigh the others in steps of few tokens.
+_EIGEN_ROWS_WITH_ATTENTION = range(33, 512)
 _BLOCKS = os.cpu_count() or 1
 
 
-def compiler_options(num_rows: int, platform: str) -> dict[str, str]:
+def compiler_options(num_rows: int, platform: str, *, with_attention: bool = False) -> dict[str, str]:
     """XLA's options for a program whose products have `num_rows` rows."""
-    return {"xla_cpu_experimental_ynn_fusion_type": ""} if platform == "cpu" and num_rows in _EIGEN_ROWS else {}
+    eigen = uses_eigen(num_rows, platform, with_attention=with_attention)
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if eigen else {}
+
+
+def uses_eigen(num_rows: int, platform: str, *, with_attention: bool = False) -> bool:
+    """Whether Eigen is the library behind the products of a program of `num_rows` rows."""
+    return platform == "cpu" and num_rows in (_EIGEN_ROWS_WITH_ATTENTION if with_attention else _EIGEN_ROWS)
 
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -21,14 +21,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer.ops.matmul import uses_eigen
 from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
 
 _MASKED = -1e30  # finite, so that a fully masked tile yields numbers, which the merge then wipes out
 _DECODE_KEYS = 64  # keys per decode tile, when pages are not larger
 _PREFILL_KEYS = 128
 _PREFILL_QUERIES = 128
-_FEW_ROWS = 4  # decode batches up to this size run tile by tile in one kernel
-_MOST_VECTORS = 8  # queries per kv head and tile up to which each is multiplied by itself
+_TILES_AT_ONCE = 16  # decode tiles whose products are one batch
+_FEW_ROWS = 2  # decode batches up to this size run tile by tile in one kernel
+_MOST_VECTORS = 8  # queries per kv head and tile up to which each may be multiplied by itself
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +108,8 @@ def run(
     if case.has_sinks:
         assert sinks is not None
         start = (sinks.astype(jnp.float32), jnp.ones(case.num_heads))
-    out = _decode(case, scaled[:num_rows], pool, metadata, start)
+    vectors = _by_vectors(case, case.group_size, num_rows, q.shape[0])
+    out = _decode(case, scaled[:num_rows], pool, metadata, start, vectors)
     if q.shape[0] > 1:
         prefill = _prefill(case, scaled, pool, table, batch, metadata, start)
         decoding = jnp.arange(num_rows)[:, None, None] < metadata.num_decodes
@@ -131,7 +134,7 @@ def _pages_in(case: AttentionCase, keys: int) -> int:
 def _tiles_at_once(case: AttentionCase, num_rows: int) -> int:
     if case.platform != "cpu":
         return 64
-    return 1 if num_rows <= _FEW_ROWS else min(16, num_rows)
+    return 1 if num_rows <= _FEW_ROWS else _TILES_AT_ONCE
 
 
 def _unhoisted(case: AttentionCase, values: jax.Array) -> jax.Array:
@@ -180,9 +183,9 @@ def _gather(
     return rows.reshape(num_tiles, case.num_kv_heads, pages_per_tile * page_size, case.head_dim)
 
 
-def _logits(case: AttentionCase, q: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
+def _logits(case: AttentionCase, q: jax.Array, keys: jax.Array, seen: jax.Array, by_vectors: bool) -> jax.Array:
     """q [tiles, K, Q, H], keys [tiles, K, block, H], seen [tiles, Q or 1, block] -> [tiles, K, Q, block] float32."""
-    if _by_vectors(case, q):
+    if by_vectors:
         heads = [jnp.einsum("gkh,gkbh->gkb", q[:, :, i], keys) for i in range(q.shape[2])]
         logits = jnp.stack(heads, axis=2).astype(jnp.float32)
     else:
@@ -192,17 +195,20 @@ def _logits(case: AttentionCase, q: jax.Array, keys: jax.Array, seen: jax.Array)
     return jnp.where(seen[:, None], logits, _MASKED)
 
 
-def _mix(case: AttentionCase, weights: jax.Array, values: jax.Array) -> jax.Array:
+def _mix(weights: jax.Array, values: jax.Array, by_vectors: bool) -> jax.Array:
     """weights [tiles, K, Q, block], values [tiles, K, block, H] -> [tiles, K, Q, H] float32."""
     weights = weights.astype(values.dtype)
-    if _by_vectors(case, weights):
+    if by_vectors:
         heads = [jnp.einsum("gkb,gkbh->gkh", weights[:, :, i], values) for i in range(weights.shape[2])]
         return jnp.stack(heads, axis=2).astype(jnp.float32)
     return jnp.einsum("gkqb,gkbh->gkqh", weights, values, preferred_element_type=jnp.float32)
 
 
-def _by_vectors(case: AttentionCase, left: jax.Array) -> bool:
-    return case.platform == "cpu" and left.shape[2] <= _MOST_VECTORS
+def _by_vectors(case: AttentionCase, num_queries: int, num_rows: int, num_tokens: int) -> bool:
+    """Whether a tile's queries are multiplied one by one: in a single kernel, and where Eigen would do the batch."""
+    if case.platform != "cpu" or num_queries > _MOST_VECTORS:
+        return False
+    return num_rows <= _FEW_ROWS or uses_eigen(num_tokens, case.platform, with_attention=True)
 
 
 def _decode_tiles(
@@ -239,7 +245,12 @@ def _decode_tiles(
 
 
 def _decode(
-    case: AttentionCase, q: jax.Array, pool: jax.Array, metadata: Metadata, start: tuple[jax.Array, jax.Array]
+    case: AttentionCase,
+    q: jax.Array,
+    pool: jax.Array,
+    metadata: Metadata,
+    start: tuple[jax.Array, jax.Array],
+    vectors: bool,
 ) -> jax.Array:
     """q [R, N, H], one query a row, start: max and sum [N] to begin with -> [R, N, H] float32."""
     num_rows, num_heads, head_dim = q.shape
@@ -256,11 +267,11 @@ def _decode(
         if at_once > 1:
             row = _unhoisted(case, row)
         seen = (slot >= first[:, None]) & (slot < end[:, None])
-        logits = _logits(case, grouped[row], _gather(case, pool, pages, 0, None), seen[:, None])
+        logits = _logits(case, grouped[row], _gather(case, pool, pages, 0, None), seen[:, None], vectors)
         tile_max = logits.max(-1)
         weights = jnp.exp(logits - tile_max[..., None])
         tile_sum = weights.sum(-1).reshape(at_once, num_heads)
-        mixed = _mix(case, weights, _gather(case, pool, pages, 1, (first, end)))
+        mixed = _mix(weights, _gather(case, pool, pages, 1, (first, end)), vectors)
         mixed, tile_max = mixed.reshape(at_once, num_heads, head_dim), tile_max.reshape(at_once, num_heads)
 
         first_row = jnp.minimum(row[0], num_rows - touched)
@@ -299,6 +310,7 @@ def _prefill(
     block = pages_per_block * case.page_size
     num_queries = min(_PREFILL_QUERIES, num_tokens)
     heads = (1, num_kv_heads, group_size * num_queries)
+    vectors = _by_vectors(case, group_size * num_queries, num_tokens, num_tokens)
 
     def tile(i: jax.Array, out: jax.Array) -> jax.Array:
         row = _row_of(metadata.prefill_tiles, i)
@@ -325,11 +337,11 @@ def _prefill(
                 seen &= key_position > position[:, None] - case.window
             seen = jnp.tile(seen, (group_size, 1))[None]
             alive = (jnp.reshape(oldest - j * block, 1), jnp.reshape(length - j * block, 1))
-            logits = _logits(case, queries, _gather(case, pool, pages, 0, None), seen)
+            logits = _logits(case, queries, _gather(case, pool, pages, 0, None), seen, vectors)
             new_max = jnp.maximum(old_max, logits.max(-1))
             weights = jnp.exp(logits - new_max[..., None])
             keep = jnp.exp(old_max - new_max)
-            mixed = _mix(case, weights, _gather(case, pool, pages, 1, alive))
+            mixed = _mix(weights, _gather(case, pool, pages, 1, alive), vectors)
             return new_max, old_sum * keep + weights.sum(-1), old_mixed * keep[..., None] + mixed
 
         newest = length - end + own_end - 1

@@ -233,8 +233,9 @@ class Runner:
     def _host(self, shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
-    def _options(self, num_rows: int) -> dict[str, str]:
-        return compiler_options(num_rows, self.plan.mesh.devices.flat[0].platform)
+    def _options(self, num_rows: int, *, with_attention: bool = False) -> dict[str, str]:
+        platform = self.plan.mesh.devices.flat[0].platform
+        return compiler_options(num_rows, platform, with_attention=with_attention)
 
     def _begin(self, layout: BatchLayout) -> Any:
         def lower() -> jax.stages.Lowered:
@@ -270,7 +271,8 @@ class Runner:
                 words,
             )
 
-        return self._programs.get(("layers", layout.num_tokens, number), lower, self._options(layout.num_tokens))
+        options = self._options(layout.num_tokens, with_attention=True)
+        return self._programs.get(("layers", layout.num_tokens, number), lower, options)
 
     def _end(self, layout: BatchLayout) -> Any:
         def lower() -> jax.stages.Lowered:

@@ -34,6 +34,11 @@ def group(x: jax.Array, fill: float) -> jax.Array:
     return x.reshape(num_rows, NUM_MEMBERS, width)
 
 
+def ungroup(x: jax.Array, vocab_size: int) -> jax.Array:
+    """The inverse of `group`: [S, G, W] -> [S, V]."""
+    return x.reshape(x.shape[0], -1)[:, :vocab_size]
+
+
 def fold_max(x: jax.Array) -> jax.Array:
     """[S, G, W] -> [S, W]: each group's maximum; NaN where a member is NaN."""
     return jnp.max(x, axis=1)

@@ -44,8 +44,10 @@ def sample(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple[
     `invalid` and touches no other row. Tokens and counts are recorded in the rows' slots; padding rows write to the
     spare slot.
     """
-    logits = logits.astype(jnp.float32)
-    token_ids, maximum = _choose(groups.group(logits, -jnp.inf), state, rows)
+    # The barrier makes the branch below read the grouped copy: XLA would make it one of its own, in every step.
+    grouped = lax.optimization_barrier(groups.group(logits.astype(jnp.float32), -jnp.inf))
+    logits = groups.ungroup(grouped, logits.shape[1])
+    token_ids, maximum = _choose(grouped, state, rows)
     invalid = ~jnp.isfinite(maximum)
     token_ids = jnp.where(invalid, 0, token_ids)
     logprobs = lax.cond(
