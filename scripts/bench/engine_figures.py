@@ -109,7 +109,7 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 class DeviceOnly:
-    """Runs an engine's last step again and again with no host work between: what the device alone needs for it."""
+    """Sends the programs of an engine's last step again and again, and does nothing else: the device's own time."""
 
     def __init__(self, engine: Engine) -> None:
         self.runner = engine.runner
@@ -124,20 +124,19 @@ class DeviceOnly:
         positions = [row.start + row.num_tokens - row.sequence.num_prompt_tokens for row in rows]
         size = bucket(len(rows), plan.sequence_buckets)
         words = runner._table.rows([row.slot for row in rows], positions, size).words
-        self._last = runner._backbone(layout), runner._sampler(size), pack(schedule, tables, layout), words
+        self._last = layout, runner._sampler(size), pack(schedule, tables, layout), words
         return self._execute(schedule, tables)
 
     def seconds_per_step(self, count: int) -> float:
         """The pools and the sampler's state are as before: the step writes what it wrote."""
         assert self._last is not None
-        backbone, sampler, *inputs = self._last
-        buffer, words = (jax.device_put(value, self.runner._replicated) for value in inputs)
+        layout, sampler, buffer, words = self._last
         runner = self.runner
         runner._state.last_tokens.block_until_ready()
         started = time.perf_counter()
         for _ in range(count):
-            runner._pools, _, hidden = backbone(runner.params, runner._pools, runner._state.last_tokens, buffer)
-            _, runner._state = sampler(runner.params, runner._state, hidden, words)
+            _, hidden = runner._run_model(layout, buffer)
+            _, runner._state = sampler(runner._ends, runner._state, hidden, words)
         runner._state.last_tokens.block_until_ready()
         return (time.perf_counter() - started) / count
 

@@ -1,4 +1,4 @@
-"""python report.py results.jsonl  ->  Markdown tables (median [min-max])."""
+"""python report.py results.jsonl -> Markdown tables (median [min-max]), and the first engine against the others."""
 
 import json
 import statistics
@@ -60,6 +60,26 @@ for size in sorted({k[0] for k in rows}):
             ),
             "|",
         )
+    # Medians of one engine over another's, turned so that above 1 the first engine is ahead.
+    measured = [(k, v) for k, v in rows.items() if k[0] == size and v["bench"]]
+    if len(measured) > 1:
+        (first, own), others = measured[0], measured[1:]
+        print(f"\n{first[1]} {first[2]} against the others, times faster:\n")
+        print("| | W1 | W2 | W3 | W4 | W4c | peak memory, times less |\n|---|---|---|---|---|---|---|")
+        for k, v in others:
+            cells = []
+            for load, metric, lower in (
+                ("W1", "ttft_s", True),
+                ("W2", "itl_ms", True),
+                ("W3", "out_tok_s", False),
+                ("W4", "s", True),
+                ("W4c", "s", True),
+            ):
+                ours, theirs = (x["bench"].get(load, {}).get(metric) for x in (own, v))
+                ratio = theirs["median"] / ours["median"] if ours and theirs else None
+                cells.append("-" if ratio is None else f"{ratio if lower else 1 / ratio:.2f}")
+            cells.append(f"{v['bench']['peak_rss_mib'] / own['bench']['peak_rss_mib']:.2f}")
+            print("|", " | ".join([f"{k[1]} {k[2]}", *cells]), "|")
     for k, v in rows.items():
         b = v["bench"]
         if k[0] == size and b:
