@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -24,8 +26,26 @@ def abstract_pools(plan: Plan, sharding: jax.sharding.Sharding) -> Pools:
 
 
 def empty_pools(abstract: Pools) -> Pools:
-    """Pools of zeros, made on the device."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract)
+    """Pools of zeros, made on the device. On a Linux host they take memory only as pages of them are used."""
+    return jax.tree.map(_zeros, abstract)
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    zeros = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    if next(iter(zeros.devices())).platform == "cpu" and hasattr(mmap, "MADV_DONTNEED"):
+        zeros.block_until_ready()
+        for shard in zeros.addressable_shards:
+            _give_back(shard.data.unsafe_buffer_pointer(), zeros.dtype.itemsize * shard.data.size)
+    return zeros
+
+
+def _give_back(address: int, num_bytes: int) -> None:
+    """Let the kernel take back memory that holds zeros; whoever reads it finds zeros, which is what is there now."""
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = (address + num_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if whole > 0:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), ctypes.c_int(mmap.MADV_DONTNEED))
 
 
 def copy_pages(pools: Pools, group_of_pool: tuple[int, ...], sources: jax.Array, targets: jax.Array) -> Pools:

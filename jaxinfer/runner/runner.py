@@ -94,6 +94,7 @@ class Runner:
         self._segments = segments(plan)
         functions = [segment.function for segment in self._segments]
         self._same_as = [functions.index(function) for function in functions]
+        self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what its `begin` returns
         self.set_params(params)
         self._programs = Programs(metrics)
         self._table = SamplingTable(plan.max_num_seqs)
@@ -240,7 +241,11 @@ class Runner:
     def _begin(self, layout: BatchLayout) -> Any:
         def lower() -> jax.stages.Lowered:
             run = jax.jit(partial(step.begin, self.model, self.plan, layout), out_shardings=self._replicated)
-            return run.lower(self._ends, self._state.last_tokens, self._host((layout.size,)))
+            lowered = run.lower(self._ends, self._state.last_tokens, self._host((layout.size,)))
+            self._begun[layout.num_tokens] = jax.tree.map(
+                lambda leaf: self._host(leaf.shape, leaf.dtype), lowered.out_info
+            )
+            return lowered
 
         return self._programs.get(("begin", layout.num_tokens), lower)
 
@@ -250,25 +255,21 @@ class Runner:
         segment = self._segments[number]
 
         def lower() -> jax.stages.Lowered:
-            words = self._host((layout.size,))
-            stream, prepared = jax.eval_shape(
-                partial(step.begin, self.model, self.plan, layout), self._ends, self._state.last_tokens, words
-            )
+            self._begin(layout)
+            stream, prepared = self._begun[layout.num_tokens]
             run = jax.jit(
                 partial(step.run_layers, self.model, self.plan, layout, segment),
                 donate_argnums=(1, 2),
                 out_shardings=self._replicated,
             )
-            arrays = stream.x, stream.rotations, tuple(stream.per_layer[: len(segment.layers)]), prepared
-            x, rotations, per_layer, prepared = jax.tree.map(lambda leaf: self._host(leaf.shape, leaf.dtype), arrays)
             return run.lower(
                 self._segment_params[number],
-                x,
+                stream.x,
                 tuple(self._abstract_pools[pool] for pool in segment.pools),
-                rotations,
-                per_layer,
+                stream.rotations,
+                stream.per_layer[: len(segment.layers)],
                 tuple(prepared[kind] for kind in segment.kinds),
-                words,
+                self._host((layout.size,)),
             )
 
         options = self._options(layout.num_tokens, with_attention=True)
