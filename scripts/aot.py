@@ -117,7 +117,9 @@ def main() -> int:
             except Exception as error:  # whatever the compiler says of one case, the others are still compiled
                 vmem, problems = 0, [f"{type(error).__name__}: {str(error)[:500]}"]
             verdict = "FAILED " + "; ".join(problems) if problems else "in place, no copy"
-            print(f"  {label:<58} {vmem / 2**20:6.1f} MiB  {verdict}  ({time.perf_counter() - started:.1f} s)", flush=True)
+            print(
+                f"  {label:<58} {vmem / 2**20:6.1f} MiB  {verdict}  ({time.perf_counter() - started:.1f} s)", flush=True
+            )
             failures += bool(problems)
     print(f"{len(runs) * len(arguments.chips)} programs, {failures} failed")
     return 1 if failures else 0

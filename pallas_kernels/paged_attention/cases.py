@@ -1,4 +1,4 @@
-"""Attention of real models, shared by tests, compile checks, benchmarks and tuning. Facts of their published configs."""
+"""Attention of real models, for tests, compile checks, benchmarks and tuning. Facts of their published configs."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def attend(case: AttentionCase, blocks: Blocks | None) -> Callable[..., tuple[ja
             case, q, k, v, pool, rows, batch.num_tokens, sinks, blocks=blocks, interpret=INTERPRET
         )
 
-    return jax.jit(run, donate_argnums=3)
+    # Compiling the simulation dominates: fast rather than well.
+    return jax.jit(run, donate_argnums=3, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def to_layout(case: AttentionCase, pool: np.ndarray) -> np.ndarray:
@@ -53,7 +54,7 @@ def from_layout(case: AttentionCase, pool: jax.Array) -> np.ndarray:
 
 
 def check(ragged: Ragged, blocks: Blocks | None) -> tuple[np.ndarray, jax.Array]:
-    """Hold outputs, padding, and all pages to the oracle: the new slots hold the new tokens, the others what they did."""
+    """Hold outputs, padding and every page to the oracle: new slots hold the new tokens, the others what they did."""
     case = ragged.case
     sinks = None if ragged.sinks is None else jnp.asarray(ragged.sinks)
     before = to_layout(case, ragged.pool)
@@ -76,7 +77,14 @@ def check(ragged: Ragged, blocks: Blocks | None) -> tuple[np.ndarray, jax.Array]
 # Case, blocks, T, S, table width, longest cached part. Few and small: interpreting is slow.
 KINDS = (
     (tpu_case(), Blocks(2, 3, 8, 1 << 24), 24, 5, 8, 40),
-    (tpu_case(num_heads=3, num_kv_heads=1, head_dim=64, window=7, has_sinks=True), Blocks(1, 2, 8, 1 << 24), 16, 4, 5, 60),
+    (
+        tpu_case(num_heads=3, num_kv_heads=1, head_dim=64, window=7, has_sinks=True),
+        Blocks(1, 2, 8, 1 << 24),
+        16,
+        4,
+        5,
+        60,
+    ),
     (
         tpu_case(num_heads=3, num_kv_heads=3, dtype="bfloat16", page_size=16, soft_cap=2.0, window=20),
         Blocks(2, 2, 8, 1 << 24),
@@ -101,7 +109,8 @@ def ragged_batches(draw: st.DrawFn) -> tuple[Ragged, Blocks]:
     return Ragged(case, lengths, num_tokens, num_sequences, width, seed=draw(st.integers(0, 2**16))), blocks
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
 @given(batch=ragged_batches())
 def test_matches_oracle_leaks_no_nan_and_races_nowhere(batch: tuple[Ragged, Blocks]) -> None:
     check(*batch)
@@ -109,7 +118,7 @@ def test_matches_oracle_leaks_no_nan_and_races_nowhere(batch: tuple[Ragged, Bloc
 
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "dtype"),
-    [(10, 2, 80, "bfloat16"), (2, 1, 192, "float32"), (9, 9, 128, "float32")],
+    [(10, 2, 80, "bfloat16"), (2, 1, 192, "float32"), (3, 3, 128, "float32")],
 )
 def test_head_ratios_and_dims(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> None:
     """Shared lane tiles and padded ones, heads in no whole tiles, blocks as the table chooses them."""
@@ -125,8 +134,8 @@ def test_one_decode_alone() -> None:
 
 def test_tables_too_large_for_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tpu, "TABLE_BYTES", 2 * 8 * 4)
-    ragged = Ragged(tpu_case(), [(20, 1), (0, 0), (11, 9), (30, 1), (5, 2)], 16, 5, 8)
-    assert len(tpu.prepare(ragged.batch.page_tables[0], ragged.batch.query_start, ragged.batch.kv_len)) == 3
+    ragged = Ragged(tpu_case(), [(20, 1), (0, 0), (11, 9)], 16, 3, 8)
+    assert len(tpu.prepare(ragged.batch.page_tables[0], ragged.batch.query_start, ragged.batch.kv_len)) == 2
     attend.cache_clear()
     check(ragged, Blocks(2, 2, 8, 1 << 24))
     attend.cache_clear()
@@ -160,7 +169,7 @@ def test_a_race_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
             original(self, cursor, slot, wait=False)
 
     monkeypatch.setattr(tpu._Kernel, "copy_block", copy_and_never_wait)
-    ragged = Ragged(tpu_case(soft_cap=5.0), [(9, 1)], 1, 1, 4)
+    ragged = Ragged(tpu_case(num_heads=1, num_kv_heads=1), [(9, 1)], 1, 1, 4)
     try:
         with pytest.raises(Exception, match=r"(?i)race|mismatch"):
             check(ragged, None)
@@ -177,6 +186,7 @@ def test_a_race_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dtype": "bfloat16"}, "page_size 8 is no multiple of 16, the rows of a tile of bfloat16"),
         ({"num_heads": 5}, "5 query heads are no multiple of 2 kv heads"),
         ({"window": 0}, "window 0 is less than 1"),
+        ({"num_devices": 4}, "the kernel is a program of one device, the mesh has 4"),
         ({"page_size": 8192}, "one page of 2 kv heads needs"),
     ],
 )
