@@ -5,11 +5,12 @@ PYTHON ?= $(shell .ci/find-python 3.12 3.13 3.14 3.11)
 VENV := .venv
 BIN := $(VENV)/bin
 OTHER_VENV := .venv-other
+AOT_VENV := .venv-aot
 OTHER_PYTHON ?= $(shell .ci/find-python --other-than $(BIN)/python 3.11 3.12)
 # What fails first where a Python or a JAX differs: starting, the command, and the bundled model from end to end.
 SMOKE ?= tests/test_imports.py tests/test_config.py tests/metrics tests/run tests/e2e
 
-.PHONY: demo test lint test-other-python clean
+.PHONY: demo test lint test-other-python aot clean
 
 demo: $(VENV)/installed-test
 	mkdir -p out
@@ -28,6 +29,11 @@ test-other-python: $(VENV)/installed-test
 	$(MAKE) --no-print-directory $(OTHER_VENV)/installed-test VENV=$(OTHER_VENV) PYTHON=$(OTHER_PYTHON)
 	$(OTHER_VENV)/bin/python -m pytest $(SMOKE) -p no:cacheprovider
 
+# The TPU compiler gets an environment of its own: where libtpu is installed, every JAX process looks for a TPU.
+aot:
+	$(MAKE) --no-print-directory $(AOT_VENV)/installed-aot VENV=$(AOT_VENV)
+	$(AOT_VENV)/bin/python scripts/aot.py $(ARGS)
+
 $(VENV)/installed-%: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer here; install one, or set PYTHON=/path/to/python" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"error: $(PYTHON) is Python {v}; use 3.11 or newer: make PYTHON=...")'
@@ -37,4 +43,4 @@ $(VENV)/installed-%: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OTHER_VENV) out
+	rm -rf $(VENV) $(OTHER_VENV) $(AOT_VENV) out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,8 @@ class Plan:
 
     @property
     def kv_cache_bytes(self) -> int:
-        sizes = zip(self.groups, self.num_pages, strict=True)
-        return sum(pages * g.bytes_per_page(self.page_size, self.dtype.itemsize) for g, pages in sizes)
+        costs = _page_bytes(self.layers, len(self.groups), self.dtype)
+        return sum(pages * cost for pages, cost in zip(self.num_pages, costs, strict=True))
 
     def describe(self) -> str:
         """The plan in a few lines, for the log."""
@@ -110,7 +111,9 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
 
     groups = kv_groups(model)
     widths = tuple(group.table_width(max_model_len, max_chunk, page_size) for group in groups)
-    num_pages = _pool_sizes(config, groups, widths, page_size, max_num_seqs, dtype, mesh)
+    layers = _layer_plans(model, groups, page_size, dtype, mesh, config.attention_backend)
+    costs = _page_bytes(layers, len(groups), dtype)
+    num_pages = _pool_sizes(config, groups, widths, costs, max_num_seqs, mesh)
     return Plan(
         model=model,
         dtype=dtype,
@@ -122,7 +125,7 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
         groups=groups,
         table_widths=widths,
         num_pages=num_pages,
-        layers=_layer_plans(model, groups, page_size, dtype, platform, config.attention_backend),
+        layers=layers,
         token_buckets=buckets(max_num_batched_tokens),
         sequence_buckets=(*(4**i for i in range(16) if 4**i < max_num_seqs), max_num_seqs),
         enable_prefix_caching=config.enable_prefix_caching,
@@ -143,7 +146,7 @@ def buckets(largest: int) -> tuple[int, ...]:
 
 
 def _layer_plans(
-    model: ModelConfig, groups: tuple[KVGroup, ...], page_size: int, dtype: np.dtype, platform: str, forced: str | None
+    model: ModelConfig, groups: tuple[KVGroup, ...], page_size: int, dtype: np.dtype, mesh: Mesh, forced: str | None
 ) -> tuple[LayerPlan, ...]:
     owners = sorted(layer for group in groups for layer in group.layers)
     chosen: dict[AttentionCase, Backend] = {}
@@ -159,7 +162,8 @@ def _layer_plans(
             scale=model.scale_of(layer),
             dtype=dtype.name,
             has_sinks=False,
-            platform=platform,
+            platform=mesh.devices.flat[0].platform,
+            num_devices=mesh.size,
         )
         if case not in chosen:
             chosen[case], refusals = choose_backend(case, forced)
@@ -171,23 +175,30 @@ def _layer_plans(
     return tuple(plans)
 
 
+def _page_bytes(layers: tuple[LayerPlan, ...], num_groups: int, dtype: np.dtype) -> list[int]:
+    """Bytes of one page of each group, over the layers that own one, as their backends lay it out, padding included."""
+    owners = {layer.pool: layer for layer in layers}
+    costs = [0] * num_groups
+    for layer in owners.values():
+        costs[layer.group] += math.prod(layer.backend.pool_shape(layer.case, 1)) * dtype.itemsize
+    return costs
+
+
 def _pool_sizes(
     config: EngineConfig,
     groups: tuple[KVGroup, ...],
     widths: tuple[int, ...],
-    page_size: int,
+    costs: list[int],
     max_num_seqs: int,
-    dtype: np.dtype,
     mesh: Mesh,
 ) -> tuple[int, ...]:
-    """Pages of each group, page 0 included.
+    """Pages of each group, page 0 included; costs: bytes of one page of each.
 
     Rings never need more than max_num_seqs full rings, so they get that, or half of the memory at most; the groups
     that grow with the sequence share the rest, the same number of pages each, and never more than every sequence at
     its longest would use.
     """
     most = [max_num_seqs * width + 1 for width in widths]
-    costs = [group.bytes_per_page(page_size, dtype.itemsize) for group in groups]
     growing = [g.window is None for g in groups]
     if config.num_pages is not None:
         first = growing[0]

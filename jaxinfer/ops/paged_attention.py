@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxinfer.ops import paged_attention_reference, paged_attention_xla
+from jaxinfer.ops import paged_attention_reference, paged_attention_tpu, paged_attention_xla
 from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
 
 __all__ = ["BACKENDS", "AttentionCase", "Backend", "RaggedBatch", "choose_backend"]
@@ -62,8 +62,9 @@ def _backend(name: str, module: Any) -> Backend:
     return Backend(name, module.supports, module.pool_shape, module.prepare, module.run)
 
 
-# Best first; "xla" serves every case, so the search always ends. A Pallas kernel for a platform is a line above it.
+# Best first; "xla" serves every case, so the search always ends.
 BACKENDS: tuple[Backend, ...] = (
+    _backend("pallas_tpu", paged_attention_tpu),
     _backend("xla", paged_attention_xla),
     _backend("reference", paged_attention_reference),
 )

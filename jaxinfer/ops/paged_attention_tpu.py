@@ -1,0 +1,47 @@
+"""Paged attention on a TPU: the Mosaic kernel of pallas_kernels, which writes and attends in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+
+from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
+from pallas_kernels.paged_attention import tpu_layout
+
+if TYPE_CHECKING:
+    from pallas_kernels.paged_attention.tpu import Rows
+
+
+def supports(case: AttentionCase) -> str | None:
+    if case.platform != "tpu":
+        return f"the platform is {case.platform}, not tpu"
+    if case.num_devices > 1:
+        return f"the kernel is a program of one device, the mesh has {case.num_devices}"
+    return tpu_layout.supports(case)
+
+
+def pool_shape(case: AttentionCase, num_pages: int) -> tuple[int, ...]:
+    return tpu_layout.pool_shape(case, num_pages)
+
+
+def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> tuple[Rows, ...]:
+    from pallas_kernels.paged_attention import tpu
+
+    return tpu.prepare(batch.page_tables[group], batch.query_start, batch.kv_len)
+
+
+def run(
+    case: AttentionCase,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    pool: jax.Array,
+    batch: RaggedBatch,
+    group: int,
+    metadata: tuple[Rows, ...],
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels.paged_attention import tpu  # here, since a process on another platform need not load Pallas
+
+    return tpu.paged_attention(case, q, k, v, pool, metadata, batch.num_tokens, sinks)

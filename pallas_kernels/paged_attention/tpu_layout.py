@@ -1,0 +1,206 @@
+"""What the TPU kernel is made for: which cases it serves, how its pool lies in memory, how large its blocks are.
+
+A TPU keeps the last two axes of an array in tiles of 128 lanes by 8 sublanes (16 rows of a 16-bit type), and copies
+whole tiles. So a page holds, head by head, a matrix with a token in each row, its key and value side by side:
+[pages, K, B, W]. A page is one piece of memory and each head's share of it goes to the matrix unit as it is. Where the
+head dim fills half a tile or less, or 192 lanes, the value begins in the tile where the key ends, and costs no padding.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+LANES = 128
+SUBLANES = 8
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+MAX_HEAD_DIM = 256
+MAX_TILE_TOKENS = 128
+MIN_BLOCK_KEYS, MAX_BLOCK_KEYS = 128, 1024
+WRITE_DEPTH = 8  # groups of slots in flight while a chunk's keys and values are written
+_HEADROOM = 0.5  # part of the scratch memory left to the compiler's own temporaries
+
+
+class Case(Protocol):
+    """What is static about one kind of layer's attention; jaxinfer's AttentionCase has these fields."""
+
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def soft_cap(self) -> float | None: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def has_sinks(self) -> bool: ...
+
+
+def supports(case: Case) -> str | None:
+    """None, or the reason why the kernel cannot serve the case."""
+    if case.dtype not in ITEMSIZE:
+        return f"dtype {case.dtype} is not one of {', '.join(ITEMSIZE)}"
+    if case.num_kv_heads < 1 or case.num_heads % case.num_kv_heads:
+        return f"{case.num_heads} query heads are no multiple of {case.num_kv_heads} kv heads"
+    if not 1 <= case.head_dim <= MAX_HEAD_DIM:
+        return f"head_dim {case.head_dim} is not in 1..{MAX_HEAD_DIM}"
+    rows = Layout.of(case).rows
+    if case.page_size < 1 or case.page_size % rows:
+        return f"page_size {case.page_size} is no multiple of {rows}, the rows of a tile of {case.dtype}"
+    if case.window is not None and case.window < 1:
+        return f"window {case.window} is less than 1"
+    needed, most = _vmem_bytes(case, _SMALLEST), int(tuned("default").vmem_limit_bytes * _HEADROOM)
+    if needed > most:
+        return f"one page of {case.num_kv_heads} kv heads needs {needed} bytes of scratch memory, more than {most}"
+    return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes that follow from a case, in elements.
+
+    rows         tokens of one tile: the smallest piece of a page that can be copied
+    width        lanes of one token and head, key and value; the key begins at lane 0, the value at value_start
+    key_lanes    lanes from 0 that hold the key, up to the tile's end (queries are zero beyond the head dim)
+    value_first, value_lanes  the tiles that hold the value
+    heads, kv_heads           padded to whole tiles of 32-bit numbers
+    group        query heads of a kv head, padded to whole tiles
+    """
+
+    rows: int
+    width: int
+    key_lanes: int
+    value_start: int
+    value_first: int
+    value_lanes: int
+    heads: int
+    kv_heads: int
+    group: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, case: Case) -> Layout:
+        itemsize = ITEMSIZE[case.dtype]
+        key_lanes = round_up(case.head_dim, LANES)
+        shares_tile = round_up(2 * case.head_dim, LANES) < 2 * key_lanes
+        value_start = case.head_dim if shares_tile else key_lanes
+        width = round_up(value_start + case.head_dim, LANES)
+        value_first = value_start // LANES * LANES
+        rows = SUBLANES * 4 // itemsize
+        return cls(
+            rows=rows,
+            width=width,
+            key_lanes=key_lanes,
+            value_start=value_start,
+            value_first=value_first,
+            value_lanes=width - value_first,
+            heads=round_up(case.num_heads, SUBLANES),
+            kv_heads=round_up(case.num_kv_heads, SUBLANES),
+            group=round_up(case.num_heads // case.num_kv_heads, rows),
+            itemsize=itemsize,
+        )
+
+
+def pool_shape(case: Case, num_pages: int) -> tuple[int, int, int, int]:
+    """[pages, K, B, W]; see Layout for W."""
+    return (num_pages, case.num_kv_heads, case.page_size, Layout.of(case).width)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes the kernel works in.
+
+    pages        pages of one block of keys
+    slots        blocks in scratch memory: one in work, the others on their way
+    tile_tokens  queries of a chunk taken together; a power of two
+    vmem_limit_bytes  scratch memory the compiler may use
+    """
+
+    pages: int
+    slots: int
+    tile_tokens: int
+    vmem_limit_bytes: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A chip's file. block_bytes: of one block of keys and values; tile_rows: queries of a tile times heads of a group."""
+
+    block_bytes: int
+    slots: int
+    tile_rows: int
+    vmem_limit_bytes: int
+
+
+_SMALLEST = Blocks(pages=1, slots=2, tile_tokens=SUBLANES, vmem_limit_bytes=0)
+
+
+@functools.cache
+def tuned(chip: str) -> Tuned:
+    """The table of a chip ("v5e", "v5p", "v6e", "7x", ...), or the conservative default's for one that has none."""
+    folder = Path(__file__).parent / "tuned"
+    path = folder / f"tpu_{chip}.json"
+    table = json.loads((path if path.exists() else folder / "tpu_default.json").read_text())
+    return Tuned(**table["blocks"])
+
+
+def choose_blocks(case: Case, num_tokens: int, table_width: int, chip: str = "default") -> Blocks:
+    """Blocks for a step of num_tokens tokens and tables of table_width pages, that fit the scratch memory."""
+    table, layout = tuned(chip), Layout.of(case)
+    token_bytes = case.num_kv_heads * layout.width * layout.itemsize
+    keys = min(max(table.block_bytes // token_bytes, MIN_BLOCK_KEYS), MAX_BLOCK_KEYS)
+    tile = max(table.tile_rows * case.num_kv_heads // case.num_heads, SUBLANES)
+    tile = min(_power_of_two(tile), MAX_TILE_TOKENS)
+    if num_tokens == 1:
+        tile = 1
+    while tile > SUBLANES and tile // 2 >= num_tokens:
+        tile //= 2
+    pages = min(_power_of_two(max(keys // case.page_size, 1)), table_width)
+    blocks = Blocks(pages, table.slots, tile, table.vmem_limit_bytes)
+    most = int(table.vmem_limit_bytes * _HEADROOM)
+    while _vmem_bytes(case, blocks) > most:
+        if blocks.pages * case.page_size > MIN_BLOCK_KEYS:
+            pages = blocks.pages // 2
+        elif blocks.tile_tokens > SUBLANES:
+            tile = blocks.tile_tokens // 2
+        elif blocks.slots > 2:
+            blocks = Blocks(pages, 2, tile, table.vmem_limit_bytes)
+        else:
+            pages = blocks.pages // 2
+        blocks = Blocks(pages, blocks.slots, tile, table.vmem_limit_bytes)
+    return blocks
+
+
+def _vmem_bytes(case: Case, blocks: Blocks) -> int:
+    """Scratch memory of the kernel's own buffers."""
+    layout = Layout.of(case)
+    rows = max(layout.group, case.num_heads // case.num_kv_heads * blocks.tile_tokens)
+    flat = blocks.tile_tokens * layout.heads
+    pages = blocks.slots * blocks.pages * case.page_size * case.num_kv_heads * layout.width * layout.itemsize
+    in_and_out = 2 * flat * (layout.key_lanes + layout.value_lanes) * layout.itemsize
+    in_and_out += (flat + layout.group) * (layout.key_lanes + layout.value_lanes) * 4
+    state = case.num_kv_heads * rows * (layout.key_lanes * layout.itemsize + (layout.value_lanes + 2 * LANES) * 4)
+    writing = WRITE_DEPTH * layout.rows * (case.num_kv_heads + layout.kv_heads) * layout.width * layout.itemsize
+    writing += layout.rows * layout.kv_heads * layout.width * 4
+    logits = 3 * rows * blocks.pages * case.page_size * 4  # the compiler's, of one head
+    return pages + in_and_out + state + writing + logits
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _power_of_two(value: int) -> int:
+    """The largest power of two up to value."""
+    return 1 << (value.bit_length() - 1)
