@@ -101,6 +101,7 @@ class Admission:
             self._seconds_per_request += _SMOOTHING * (now - self._last_left - self._seconds_per_request)
         self._last_left = now
         if not self.num_requests:
+            self._last_left = None  # what follows is idleness, not slowness
             self._empty.set()
 
     async def wait_until_empty(self) -> None:

@@ -34,7 +34,7 @@ class Prompt:
     logprobs: list[dict[int, Logprob] | None] | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class End:
     """A request's last word. Times in seconds, None where the moment never came. `error`: why it is not complete."""
 
