@@ -165,7 +165,8 @@ class _Tries:
     def __init__(self, connection: Connection, timeout: float | None) -> None:
         timeout = connection.timeout if timeout is None else timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        self._left = connection.max_tries
+        self._max_tries = connection.max_tries
+        self._num_tries = 0
 
     @property
     def timeout(self) -> float | None:
@@ -173,12 +174,14 @@ class _Tries:
 
     def pause(self, error: Any) -> float:
         """Seconds to wait before the next try; raises the error where there is none."""
-        self._left -= 1
-        if error.code() not in _RETRIED or self._left <= 0:
+        self._num_tries += 1
+        if error.code() not in _RETRIED or self._num_tries >= self._max_tries:
             raise error
         advice = [value for key, value in error.trailing_metadata() or () if key == _PUSHBACK]
-        longest = _FIRST_PAUSE * 2 ** min(10, 4 - min(self._left, 4))
-        seconds = int(advice[0]) / 1000 if advice else random.uniform(0.5, 1) * min(longest, _LONGEST_PAUSE)
+        if advice:
+            seconds = int(advice[0]) / 1000
+        else:
+            seconds = random.uniform(0.5, 1) * min(_FIRST_PAUSE * 2 ** min(self._num_tries, 10), _LONGEST_PAUSE)
         left = self.timeout
         if left is not None and seconds >= left:
             raise error

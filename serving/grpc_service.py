@@ -139,6 +139,9 @@ class Inference(_Service, inference_pb2_grpc.InferenceServicer):
                     if message is EOF:
                         break
                     items.create_task(work(number, message))
+        except Exception:
+            await out.put(None)
+            raise
         finally:
             draining.cancel()
         await out.put(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# For answers that are written when the drain is over.
+# For answers that are still being written when the grace is over.
 _LAST_WRITES_SECONDS = 2.0
 
 
@@ -86,9 +87,10 @@ class Server:
 
     async def drain(self) -> bool:
         """Say NOT_SERVING, refuse what comes, wait for what was accepted; whether all of it ended by itself."""
+        deadline = time.monotonic() + self.config.grace
         complete = await self.frontend.drain(self.config.grace)
         self.health.close()
-        await self._grpc.stop(_LAST_WRITES_SECONDS)
+        await self._grpc.stop(max(deadline - time.monotonic(), _LAST_WRITES_SECONDS))
         return complete
 
     async def stop(self) -> None:

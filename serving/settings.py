@@ -22,6 +22,7 @@ class Limits:
     max_items_in_flight  requests of one GenerateMany call that are worked on at a time
     max_unread_tokens    tokens of one stream that its reader has not taken
     stall_seconds        how long a reader may leave a message unread
+    max_message_bytes    size of one message from a client
     """
 
     max_queued_requests: int | None = None

@@ -65,6 +65,7 @@ HOST_ONLY = (
     "jaxinfer.scheduler*",
     "jaxinfer.tokenizer*",
     "jaxinfer.types",
+    "serving*",
 )
 SAYS_SO = "imports no jax"
 

@@ -36,5 +36,5 @@ def test_requests_tell_unset_from_zero() -> None:
 def test_numbers_are_kept_for_media_adapters_and_constraints() -> None:
     used = {field.number for field in pb.GenerateRequest.DESCRIPTOR.fields}
     assert used.isdisjoint(range(20, 45))
-    with pytest.raises(ValueError, match="no such attribute|no field|has no"):
+    with pytest.raises(ValueError, match="images"):
         pb.GenerateRequest(images=1)  # pyright: ignore[reportCallIssue]
