@@ -58,5 +58,5 @@ def errors_expected() -> bool:
 @pytest.fixture(autouse=True)
 def no_errors_logged(caplog: pytest.LogCaptureFixture, errors_expected: bool) -> Iterator[None]:
     yield
-    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    errors = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
     assert bool(errors) == errors_expected, errors

@@ -46,6 +46,9 @@ async def serving(engine: Engine, limits: Limits | None = None, **config: Any) -
         await server.load()
         yield server
     finally:
+        brake = getattr(engine.step, "__self__", None)
+        if isinstance(brake, Brake):
+            brake.release()
         await server.stop()
         await until(lambda: len(asyncio.all_tasks() - before) == 0)
         assert server.frontend.admission.num_requests == 0
@@ -103,6 +106,7 @@ class Brake:
     def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
         self.num_steps = 0
         self.fail = 0
+        self.is_holding = False
         self._step = engine.step
         self._start_over = engine._start_over
         self._may_step = threading.Semaphore(0)
@@ -113,16 +117,24 @@ class Brake:
         for _ in range(num_steps):
             self._may_step.release()
 
+    async def held_after(self, num_steps: int) -> None:
+        """Until so many steps are over and the engine's thread, having read its commands, is held before the next."""
+        await until(lambda: self.num_steps == num_steps and self.is_holding)
+
     def release(self) -> None:
         self._is_free = True
         self._may_step.release()
 
     def _braked(self) -> Any:
         if not self._is_free:
+            self.is_holding = True
             self._may_step.acquire()
-        self.num_steps += 1
-        if self.fail:
-            self.fail -= 1
-            self._start_over("the engine failed: a test pulled the plug")
-            raise RuntimeError("a test pulled the plug")
-        return self._step()
+            self.is_holding = False
+        try:
+            if self.fail:
+                self.fail -= 1
+                self._start_over("the engine failed: a test pulled the plug")
+                raise RuntimeError("a test pulled the plug")
+            return self._step()
+        finally:
+            self.num_steps += 1

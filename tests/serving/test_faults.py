@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc.aio import EOF
 from grpc_health.v1 import health_pb2
 
 from jaxinfer.engine import Engine
@@ -23,7 +24,7 @@ PROMPT = "one small prompt"
 
 
 async def _read_all(call: Any, into: list[pb.GenerateResponse] | None = None) -> None:
-    async for message in call:
+    while (message := await call.read()) is not EOF:
         if into is not None:
             into.append(message)
 
@@ -45,7 +46,7 @@ def test_a_client_that_leaves_frees_everything_in_two_steps(
             call = leaver._inference.GenerateStream(request, timeout=timeout)
             brake.let(6)
             assert (await call.read()).sequences
-            await until(lambda: brake.num_steps == 6)
+            await brake.held_after(6)
             assert engine.scheduler.num_running == 4
             if how == "cancel":
                 call.cancel()
@@ -53,7 +54,6 @@ def test_a_client_that_leaves_frees_everything_in_two_steps(
                 await leaver.close()
             else:
                 assert await call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-            # The abort is on its way to the engine, which is between two steps or waits for one.
             await until(lambda: not server.frontend.engine._commands.empty())
             brake.let(2)
             await until(lambda: server.frontend.admission.num_requests == 1)
@@ -74,7 +74,7 @@ def test_leaving_many_ends_all_its_items(engine: Engine, monkeypatch: pytest.Mon
                 await call.write(pb.GenerateManyRequest(request=make_request(PROMPT, max_tokens=60, ignore_eos=True)))
             await until(lambda: server.frontend.admission.num_requests == 3)
             brake.let(3)
-            await until(lambda: brake.num_steps == 3)
+            await brake.held_after(3)
             assert server.frontend.admission.num_requests == 3, "the others wait at the client"
             call.cancel()
             brake.let(3)
@@ -124,7 +124,8 @@ def test_failed_step_is_retried_or_told(llm: LLM, monkeypatch: pytest.MonkeyPatc
             brake.let(4)
             assert (await begun.read()).sequences
             fresh = asyncio.create_task(client.generate(PROMPT, max_tokens=10, **GREEDY))
-            await until(lambda: server.frontend.admission.num_requests == 2 and brake.num_steps == 4)
+            await until(lambda: server.frontend.admission.num_requests == 2)
+            await brake.held_after(4)
             brake.fail = 1
             brake.let(1)
             rest: list[pb.GenerateResponse] = []
@@ -149,7 +150,7 @@ def test_an_idle_server_proves_itself_well_again(engine: Engine, monkeypatch: py
             begun = client._inference.GenerateStream(make_request("begun", max_tokens=50, ignore_eos=True))
             brake.let(4)
             assert (await begun.read()).sequences
-            await until(lambda: brake.num_steps == 4)
+            await brake.held_after(4)
             brake.fail = 1
             brake.let(1)
             await refused(_read_all(begun), "INTERNAL")
@@ -205,8 +206,8 @@ def test_health_before_and_after(engine: Engine) -> None:
             assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
             assert await server.drain()
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-            assert await watch.read() is grpc.aio.EOF
-            assert await unknown.read() is grpc.aio.EOF
+            assert await watch.read() is EOF
+            assert await unknown.read() is EOF
         await server.stop()
 
     run(scenario())

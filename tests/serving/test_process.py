@@ -27,7 +27,7 @@ def test_sigterm_drains_and_a_second_ends_at_once(flags: list[str]) -> None:
         with Client(f"localhost:{port}", max_tries=1, timeout=60) as client:
             assert client.is_serving()
             whole = Generation()
-            stream = client.stream("a" * 20, max_tokens=1500, ignore_eos=True)
+            stream = client.stream("a" * 20, max_tokens=400, ignore_eos=True)
             whole.add(next(stream))
             server.process.send_signal(signal.SIGTERM)
             server.wait_for("draining")
@@ -35,7 +35,7 @@ def test_sigterm_drains_and_a_second_ends_at_once(flags: list[str]) -> None:
                 client.generate("b")
             for message in stream:
                 whole.add(message)
-            assert len(whole.completions[0].token_ids) == 1500
+            assert len(whole.completions[0].token_ids) == 400
             assert whole.completions[0].finish_reason == "length"
         assert server.end() == 0, server.lines
         assert server.lines[-1].rstrip().endswith("stopped")
