@@ -1,13 +1,14 @@
-"""The `jaxinfer` command: `jaxinfer run ...` and `jaxinfer convert ...`."""
+"""The `jaxinfer` command: `jaxinfer run ...`, `jaxinfer serve ...` and `jaxinfer convert ...`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-_USAGE = """usage: jaxinfer {run,convert} ...
+_USAGE = """usage: jaxinfer {run,serve,convert} ...
 
   run      complete a file of prompts, or one prompt    (python -m jaxinfer.run)
+  serve    answer requests over gRPC                    (python -m serving)
   convert  turn a checkpoint into another format        (python -m jaxinfer.convert)
 
 jaxinfer COMMAND --help tells a command's flags; jaxinfer --version the version."""
@@ -21,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from jaxinfer.run import main as run
 
         return run(rest)
+    if command == "serve":
+        from serving.__main__ import main as serve
+
+        return serve(rest)
     if command == "convert":
         from jaxinfer.convert import main as convert
 
@@ -34,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jaxinfer {version('jaxinfer')}")
         return 0
     what = f"{command!r} is not a command" if command else "no command"
-    print(f"error: {what}; use run or convert (see jaxinfer --help)", file=sys.stderr)
+    print(f"error: {what}; use run, serve or convert (see jaxinfer --help)", file=sys.stderr)
     return 2
 
 

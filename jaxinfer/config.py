@@ -2,7 +2,8 @@
 
 Every field of EngineConfig but `model` can also be given as the environment variable JAXINFER_<FIELD> (for example
 JAXINFER_MAX_NUM_SEQS=64). A value given in code or on the command line wins over the environment, which wins over the
-default. JAXINFER_CACHE_DIR, then XDG_CACHE_HOME, say where files that can be made again are kept.
+default. JAXINFER_CACHE_DIR, then XDG_CACHE_HOME, say where files that can be made again are kept. JAXINFER_TOKENS holds
+the bearer tokens of `python -m serving`.
 """
 
 from __future__ import annotations
@@ -176,6 +177,11 @@ def cache_directory() -> Path:
     return base / "jaxinfer"
 
 
+def tokens_from_environment() -> str:
+    """Bearer tokens that a server accepts, with spaces between them; empty where there are none."""
+    return os.environ.get(PREFIX + "TOKENS", "")
+
+
 def default_model() -> Path:
     """The model that comes with the package."""
     return Path(__file__).parent / "assets" / "demo"
@@ -185,7 +191,9 @@ _warned: set[str] = set()
 
 
 def _warn_of_unknown_variables() -> None:
-    known = {PREFIX + "CACHE_DIR"} | {PREFIX + f.name.upper() for f in fields(EngineConfig) if f.name != "model"}
+    known = {PREFIX + "CACHE_DIR", PREFIX + "TOKENS"} | {
+        PREFIX + f.name.upper() for f in fields(EngineConfig) if f.name != "model"
+    }
     for variable in sorted(os.environ):
         if variable.startswith(PREFIX) and variable not in known and variable not in _warned:
             _warned.add(variable)

@@ -1,0 +1,214 @@
+"""`python -m serving`: a model behind a gRPC service, until SIGTERM or Ctrl-C.
+
+Requests are accepted once the model is loaded and its programs are compiled; grpc.health.v1 says SERVING then. The
+first SIGTERM or Ctrl-C says NOT_SERVING and lets accepted requests end, the second ends the process at once. Exit
+status: 0 after a drain; 1 the engine failed for good; 2 the server did not start (one line says why); 3 a defect, with
+its traceback; 130 or 143 after the second signal. `--help` loads neither jax nor grpc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from jaxinfer.config import EngineConfig, tokens_from_environment
+from jaxinfer.flags import OneLineParser, add_engine_flags, engine_config
+
+if TYPE_CHECKING:
+    from serving.server import Server, ServerConfig
+
+DRAINED, ENGINE_FAILED, NOT_STARTED, DEFECT = 0, 1, 2, 3
+
+_STOP_SECONDS = 10.0
+
+log = logging.getLogger("serving")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = OneLineParser(
+        prog="python -m serving",
+        description="Serve a model over gRPC.",
+        epilog="Exit status: 0 stopped by a signal and drained, 1 the engine failed, 2 not started, 3 a defect.",
+        allow_abbrev=False,
+    )
+    server = result.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    server.add_argument("--port", type=int, default=50051, metavar="N", help="0 is a free one (default: 50051)")
+    server.add_argument("--served-model-name", metavar="NAME", help="default: the last part of --model")
+    server.add_argument("--grace", type=float, default=25.0, metavar="S", help="seconds to drain in (default: 25)")
+    security = result.add_argument_group("security")
+    security.add_argument("--tls-cert", metavar="FILE", help="the server's certificate, PEM")
+    security.add_argument("--tls-key", metavar="FILE", help="its key, PEM, without a password")
+    security.add_argument("--tls-client-ca", metavar="FILE", help="clients must show a certificate signed by this one")
+    security.add_argument(
+        "--tokens-file",
+        metavar="FILE",
+        help="bearer tokens that may call, one a line (or JAXINFER_TOKENS, with spaces between them)",
+    )
+    security.add_argument("--health-needs-token", action="store_true", help="ask for a token on health checks too")
+    security.add_argument(
+        "--allow-anyone", action="store_true", help="let others than this machine call without token or certificate"
+    )
+    limits = result.add_argument_group("limits")
+
+    def limit(flag: str, metavar: str, kind: type, text: str) -> None:
+        limits.add_argument(flag, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)
+
+    limit("--max-queued-requests", "N", int, "requests beyond those that run (default: four times --max-num-seqs)")
+    limit("--max-queued-tokens", "N", int, "prompt tokens waiting to be computed (default: 64 full steps)")
+    limit("--max-n", "N", int, "completions of one request (default: --max-num-seqs)")
+    limit("--max-items-in-flight", "N", int, "requests of one GenerateMany call at a time (default: 256)")
+    limit("--max-unread-tokens", "N", int, "tokens that a stream's reader may leave unread (default: 16384)")
+    limit("--stall-seconds", "S", float, "how long a reader may read nothing (default: 30)")
+    limit("--max-message-bytes", "N", int, "size of a request (default: 16 MiB)")
+    add_engine_flags(result)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    for name in ("jaxinfer", "serving"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        engine = engine_config(args)
+        config = _server_config(args, engine)
+    except (ValueError, OSError) as error:
+        _tell_error(str(error))
+        return NOT_STARTED
+    except ImportError as error:
+        _tell_error(f"{error}; the server needs pip install 'jaxinfer[serve]'")
+        return NOT_STARTED
+    try:
+        status = asyncio.run(_serve(config, engine))
+    except Exception:
+        traceback.print_exc()
+        _tell_error("this is a defect of jaxinfer; the lines above say where")
+        status = DEFECT
+    return status
+
+
+def _server_config(args: argparse.Namespace, engine: EngineConfig) -> ServerConfig:
+    """The flags, checked. ValueError for those that contradict each other, before anything is loaded."""
+    from serving.security import TlsFiles, is_loopback, read_tokens
+    from serving.server import ServerConfig
+    from serving.settings import Limits
+
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port {args.port} is out of range; use a value in [0, 65535]")
+    if not 0 <= args.grace < float("inf"):
+        raise ValueError(f"--grace {args.grace} must be 0 or more seconds")
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise ValueError("--tls-cert and --tls-key go together; give both")
+    if args.tls_client_ca is not None and args.tls_cert is None:
+        raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+    tls = None
+    if args.tls_cert is not None:
+        tls = TlsFiles(args.tls_cert, args.tls_key, args.tls_client_ca)
+        tls.credentials()
+    tokens = read_tokens(args.tokens_file, tokens_from_environment())
+    if args.health_needs_token and tokens is None:
+        raise ValueError("--health-needs-token needs tokens; give --tokens-file")
+    if not is_loopback(args.host):
+        if tokens is None and args.tls_client_ca is None and not args.allow_anyone:
+            raise ValueError(
+                f"--host {args.host} lets other machines call, and nothing says who may; give --tokens-file or "
+                f"--tls-client-ca, or --allow-anyone"
+            )
+        if tokens is not None and tls is None:
+            log.warning("tokens are sent in the clear to %s; give --tls-cert and --tls-key", args.host)
+    given = {name: value for name, value in vars(args).items() if name in Limits.__dataclass_fields__}
+    return ServerConfig(
+        name=args.served_model_name or os.path.basename(os.path.normpath(engine.model)),
+        host=args.host,
+        port=args.port,
+        tls=tls,
+        tokens=tokens,
+        health_is_open=not args.health_needs_token,
+        grace=args.grace,
+        limits=Limits(**given),
+    )
+
+
+async def _serve(config: ServerConfig, engine: EngineConfig) -> int:
+    from jaxinfer.run import open_engine
+    from serving.server import Server
+
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    stopped = asyncio.create_task(_first(signals))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
+    server = Server(config, lambda: open_engine(engine))
+    try:
+        await server.listen()
+    except ValueError as error:
+        _tell_error(str(error))
+        return NOT_STARTED
+    log.info("listening on %s port %d; loading %s", config.host, server.port, engine.model)
+    loaded = asyncio.create_task(server.load())
+    await asyncio.wait((loaded, stopped), return_when=asyncio.FIRST_COMPLETED)
+    if not loaded.done():
+        log.info("stopped before the model was loaded")
+        _end_now(DRAINED)  # loading and compiling cannot be interrupted, and nobody was promised anything
+    try:
+        await loaded
+    except (ValueError, OSError) as error:
+        _tell_error(str(error))
+        _end_now(NOT_STARTED)
+    log.info("%s is ready on port %d", config.name, server.port)
+    dead = asyncio.create_task(server.wait_until_dead())
+    await asyncio.wait((stopped, dead), return_when=asyncio.FIRST_COMPLETED)
+    return await _finish(server, signals, is_dead=dead.done())
+
+
+async def _finish(server: Server, signals: asyncio.Queue[int], is_dead: bool) -> int:
+    if not is_dead:
+        log.info("draining, %g s at most; a second signal ends at once", server.config.grace)
+    second = asyncio.create_task(_first(signals))
+    ending = asyncio.create_task(_drain_and_stop(server))
+    await asyncio.wait((second, ending), return_when=asyncio.FIRST_COMPLETED)
+    if not ending.done():
+        _end_now(128 + second.result())
+    await ending
+    if is_dead or server.frontend.dead.is_set():
+        _tell_error("the engine failed for good; the lines above say why")
+        return ENGINE_FAILED
+    log.info("stopped")
+    return DRAINED
+
+
+async def _drain_and_stop(server: Server) -> None:
+    await server.drain()
+    try:
+        async with asyncio.timeout(_STOP_SECONDS):
+            await server.stop()
+    except TimeoutError:
+        log.error("the engine's thread does not answer")
+        _end_now(ENGINE_FAILED)
+
+
+async def _first(signals: asyncio.Queue[int]) -> int:
+    return await signals.get()
+
+
+def _end_now(status: int) -> NoReturn:
+    """Without the interpreter's own farewell, which waits for threads and breaks in the middle of a compilation."""
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _tell_error(message: str) -> None:
+    """One line, whatever a library put into the message."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""The engine's own thread, and the streams that carry its answers to the event loop. Imports no jax.
+
+One thread opens, warms up, steps and drops the engine; nobody else touches it. The event loop sends it commands through
+a queue, which it reads between two steps, and it sends what each step gave back in one piece. Pieces that the event
+loop has not fetched yet are kept in one list with one wake-up, and additions that a reader has not fetched yet are
+merged, so that neither a slow loop nor a slow reader costs more than the text itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxinfer.types import Request, RequestOutput, SamplingParams
+from serving.admission import Ticket
+from serving.deltas import Delta, DeltaMaker
+from serving.errors import RequestError
+
+if TYPE_CHECKING:
+    from jaxinfer.engine import Engine
+
+log = logging.getLogger(__name__)
+
+# A device that fails so many steps in a row is gone; the process ends, and whoever started it can start another.
+MAX_FAILURES = 3
+_PROBE = "probe"
+
+
+class RequestStream:
+    """One request's answer on its way to its reader; for the event loop only. Use as an async context manager.
+
+    Leaving the context before the end aborts the request. max_unread_tokens: more than this unread aborts it too.
+    """
+
+    def __init__(self, request: Request, ticket: Ticket, max_unread_tokens: int | None, engine: EngineLoop) -> None:
+        self.request = request
+        self._ticket = ticket
+        self._max_unread_tokens = max_unread_tokens
+        self._engine = engine
+        self._unread: Delta | None = None
+        self._refusal: RequestError | None = None
+        self._reason: RequestError | None = None
+        self._arrived = asyncio.Event()
+        self._over = False
+
+    async def __aenter__(self) -> RequestStream:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.cancel(None)
+
+    async def next(self) -> Delta:
+        """All that has come since the last call, at least something; the last has `end`. RequestError if refused."""
+        while self._unread is None:
+            if self._refusal is not None:
+                raise self._refusal
+            assert not self._over, "nothing comes after the end"
+            self._arrived.clear()
+            await self._arrived.wait()
+        delta, self._unread = self._unread, None
+        return delta
+
+    def cancel(self, reason: RequestError | None) -> None:
+        """Abort the request if it still runs. reason: what its reader is told, if there still is one."""
+        if not self._over and self._reason is None:
+            self._reason = reason
+            self._engine.abort(self.request.request_id)
+
+    # Called on the event loop with what the engine's thread sent.
+
+    def started(self, _: None) -> None:
+        self._ticket.started()
+
+    def give(self, delta: Delta) -> None:
+        if self._unread is None:
+            self._unread = delta
+        else:
+            self._unread.add(delta)
+        if delta.end is not None:
+            if self._reason is not None and delta.end.error is None:
+                delta.end.error = self._reason
+            self._end()
+        elif self._max_unread_tokens is not None and self._unread.num_tokens > self._max_unread_tokens:
+            self.cancel(stalled(f"left {self._unread.num_tokens} tokens unread"))
+        self._arrived.set()
+
+    def refuse(self, error: RequestError) -> None:
+        self._refusal = error
+        self._end()
+        self._arrived.set()
+
+    def _end(self) -> None:
+        self._over = True
+        self._ticket.leave()
+        self._engine.forget(self)
+
+
+def stalled(what: str) -> RequestError:
+    return RequestError("ABORTED", f"the reader {what}; read faster, or ask for less")
+
+
+@dataclass
+class _Job:
+    """The engine thread's side of a request."""
+
+    request: Request
+    stream: RequestStream
+    expires: float | None
+    output: RequestOutput | None = None
+    deltas: DeltaMaker | None = None
+    is_waiting: bool = True
+    was_retried: bool = False
+
+
+class EngineLoop:
+    """Starts the engine's thread and speaks with it. Every public method belongs to the event loop.
+
+    open_engine: called in the thread. on_health: False when a step failed, True when one has succeeded after that.
+    on_death: the thread has ended of itself, and every stream with it.
+    """
+
+    def __init__(
+        self,
+        open_engine: Callable[[], Engine],
+        on_health: Callable[[bool], None],
+        on_death: Callable[[BaseException], None],
+    ) -> None:
+        self._open_engine = open_engine
+        self._on_health = on_health
+        self._on_death = on_death
+        self._streams: dict[str, RequestStream] = {}
+        self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._dead: BaseException | None = None
+        self._ended = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop
+        self._outbox_lock = threading.Lock()
+        self._outbox: list[tuple[Callable[[Any], None], Any]] = []
+        # The thread's own:
+        self._jobs: dict[str, _Job] = {}
+        self._num_failures = 0
+        self._is_unproven = False
+        self._stopping = False
+
+    async def start(self) -> Engine:
+        """Open the engine and warm it up. Returns it for its facts alone; raises what opening it raised."""
+        self._loop = asyncio.get_running_loop()
+        opened: asyncio.Future[Engine] = self._loop.create_future()
+        self._thread = threading.Thread(target=self._run, args=(opened,), name="engine", daemon=True)
+        self._thread.start()
+        return await opened
+
+    async def stop(self) -> None:
+        """End the thread; streams that are still open are ended with UNAVAILABLE."""
+        if self._thread is None:
+            return
+        self._commands.put(self._stop)
+        await self._ended.wait()
+        self._thread.join()
+        self._end_streams(RequestError("UNAVAILABLE", "the server has shut down", 1.0))
+
+    def submit(self, stream: RequestStream, queue_time_limit: float | None) -> None:
+        """Queue the stream's request. queue_time_limit: seconds from its arrival by which it must run."""
+        if self._dead is not None:
+            stream.refuse(_gone())
+            return
+        request = stream.request
+        self._streams[request.request_id] = stream
+        expires = None if queue_time_limit is None else request.arrival_time + queue_time_limit
+        self._commands.put(lambda engine: self._add(engine, _Job(request, stream, expires)))
+
+    def abort(self, request_id: str) -> None:
+        self._commands.put(lambda engine: self._abort(engine, request_id))
+
+    def cancel_all(self, reason: RequestError) -> None:
+        for stream in list(self._streams.values()):
+            stream.cancel(reason)
+
+    def forget(self, stream: RequestStream) -> None:
+        self._streams.pop(stream.request.request_id, None)
+
+    def _end_streams(self, error: RequestError) -> None:
+        for stream in list(self._streams.values()):
+            stream.refuse(error)
+
+    def _fetch(self) -> None:
+        """Deliver what the thread has sent."""
+        with self._outbox_lock:
+            outbox, self._outbox = self._outbox, []
+        for deliver, what in outbox:
+            deliver(what)
+
+    def _died(self, error: BaseException) -> None:
+        self._dead = error
+        self._end_streams(_gone())
+        self._on_death(error)
+
+    # From here on, the engine's thread.
+
+    def _run(self, opened: asyncio.Future[Engine]) -> None:
+        try:
+            self._serve(opened)
+        finally:
+            self._send(lambda _: self._ended.set(), None)
+
+    def _serve(self, opened: asyncio.Future[Engine]) -> None:
+        try:
+            engine = self._open_engine()
+            engine.warm_up()
+        except BaseException as error:
+            self._send(lambda failure: opened.cancelled() or opened.set_exception(failure), error)
+            return
+        self._send(lambda ready: opened.cancelled() or opened.set_result(ready), engine)
+        try:
+            while self._obey(engine):
+                self._step(engine)
+            self._leave_nothing(engine)
+        except BaseException as error:
+            log.exception("the engine's thread has ended")
+            self._send(self._died, error)
+
+    def _send(self, deliver: Callable[[Any], None], what: Any) -> None:
+        self._send_all([(deliver, what)])
+
+    def _send_all(self, messages: list[tuple[Callable[[Any], None], Any]]) -> None:
+        if not messages:
+            return
+        with self._outbox_lock:
+            is_first = not self._outbox
+            self._outbox += messages
+        if is_first:
+            self._loop.call_soon_threadsafe(self._fetch)
+
+    def _obey(self, engine: Engine) -> bool:
+        """Do what was asked for since the last step; with nothing to step, wait for something. False: stop."""
+        wait = not engine.has_unfinished()
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return not self._stopping
+            command(engine)
+            wait = not self._stopping and not engine.has_unfinished() and self._commands.empty()
+
+    def _stop(self, engine: Engine) -> None:
+        self._stopping = True
+
+    def _leave_nothing(self, engine: Engine) -> None:
+        for request_id in list(self._jobs):
+            engine.abort(request_id)
+        self._jobs.clear()
+
+    def _add(self, engine: Engine, job: _Job) -> None:
+        request = job.request
+        if self._expire(engine, job, time.monotonic()):
+            return
+        try:
+            job.output = engine.add_request(request)
+        except ValueError as error:
+            self._send(job.stream.refuse, RequestError("INVALID_ARGUMENT", str(error)))
+            return
+        except Exception:
+            log.exception("request %s could not be added", request.request_id)
+            self._send(job.stream.refuse, RequestError("INTERNAL", "the request could not be added; see the log"))
+            return
+        job.deltas = DeltaMaker(job.output)
+        self._jobs[request.request_id] = job
+
+    def _abort(self, engine: Engine, request_id: str) -> None:
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            engine.abort(request_id)
+            assert job.deltas is not None
+            self._send(job.stream.give, job.deltas.take())
+
+    def _expire(self, engine: Engine, job: _Job, now: float) -> bool:
+        """End a request that has waited too long."""
+        if job.expires is None or now < job.expires:
+            return False
+        milliseconds = round((job.expires - job.request.arrival_time) * 1000)
+        error = RequestError(
+            "DEADLINE_EXCEEDED", f"queue_time_limit_ms={milliseconds} passed before the request could run; allow more"
+        )
+        if job.deltas is None:
+            self._send(job.stream.refuse, error)
+        else:
+            del self._jobs[job.request.request_id]
+            engine.abort(job.request.request_id)
+            self._send(job.stream.give, job.deltas.take("time_limit", error))
+        return True
+
+    def _step(self, engine: Engine) -> None:
+        if not engine.has_unfinished():
+            return
+        try:
+            outputs = engine.step()
+        except Exception as error:
+            self._start_over(engine, error)
+            return
+        messages: list[tuple[Callable[[Any], None], Any]] = []
+        if outputs:
+            self._num_failures = 0
+            if self._is_unproven:
+                self._is_unproven = False
+                messages.append((self._on_health, True))
+        for output in outputs:
+            job = self._jobs.get(output.request_id)
+            if job is None:
+                continue
+            assert job.deltas is not None
+            messages.append((job.stream.give, job.deltas.take()))
+            if output.finished:
+                del self._jobs[output.request_id]
+        now = time.monotonic()
+        for job in [job for job in self._jobs.values() if job.is_waiting]:
+            assert job.output is not None
+            if job.output.metrics.first_scheduled_time is not None:
+                job.is_waiting = False
+                messages.append((job.stream.started, None))
+            else:
+                self._expire(engine, job, now)
+        self._send_all(messages)
+
+    def _start_over(self, engine: Engine, error: Exception) -> None:
+        """The engine has ended every request and is empty. Run again, once, those whose readers have seen nothing."""
+        self._num_failures += 1
+        log.error("a step failed (%d in a row)", self._num_failures, exc_info=error)
+        if self._num_failures >= MAX_FAILURES:
+            raise RuntimeError(f"{MAX_FAILURES} steps in a row failed, the last with {error!r}") from error
+        self._is_unproven = True
+        self._send(self._on_health, False)
+        jobs, self._jobs = self._jobs, {}
+        for job in jobs.values():
+            assert job.deltas is not None
+            if job.was_retried or job.deltas.has_given:
+                self._send(job.stream.give, job.deltas.take())
+            else:
+                job.was_retried, job.is_waiting, job.deltas = True, True, None
+                self._add(engine, job)
+        # Nobody sends requests to a server that says it is not well, so it has to find out by itself.
+        if not engine.has_unfinished():
+            engine.add_request(Request(_PROBE, (0,), SamplingParams(max_tokens=1), arrival_time=time.monotonic()))
+
+
+def _gone() -> RequestError:
+    return RequestError("UNAVAILABLE", "the engine has failed and the server is going down; try another server", 1.0)

@@ -1,0 +1,108 @@
+"""The gRPC server put together, and its life: listen, load, serve, drain, stop. Imports no jax."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from serving.frontend import Frontend
+from serving.generated import inference_pb2_grpc, models_pb2_grpc
+from serving.grpc_service import SERVICES, Inference, Models
+from serving.health import Health
+from serving.security import TlsFiles, TokenCheck, Tokens
+from serving.settings import Limits
+
+if TYPE_CHECKING:
+    from jaxinfer.engine import Engine
+
+log = logging.getLogger(__name__)
+
+# For answers that are still being written when the grace is over.
+_LAST_WRITES_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where a server listens and who may call it. port 0 is a free one; grace in seconds."""
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 50051
+    tls: TlsFiles | None = None
+    tokens: Tokens | None = None
+    health_is_open: bool = True
+    grace: float = 25.0
+    limits: Limits = field(default_factory=Limits)
+
+
+class Server:
+    """start -> wait -> stop. open_engine is called in the engine's thread, once the port is taken."""
+
+    def __init__(self, config: ServerConfig, open_engine: Callable[[], Engine]) -> None:
+        self.config = config
+        self.frontend = Frontend(open_engine, config.name, config.limits)
+        self.health = Health(*SERVICES)
+        self.frontend.on_health.append(self._on_health)
+        self.port = 0
+        size = config.limits.max_message_bytes
+        checks = [] if config.tokens is None else [TokenCheck(config.tokens, config.health_is_open)]
+        self._grpc = grpc.aio.server(
+            interceptors=checks,
+            options=[
+                ("grpc.max_receive_message_length", size),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+                ("grpc.keepalive_time_ms", 60_000),  # finds clients that went away without a word
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ],
+        )
+        inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.frontend), self._grpc)
+        models_pb2_grpc.add_ModelsServicer_to_server(Models(self.frontend), self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
+
+    async def listen(self) -> None:
+        """Take the port; health says NOT_SERVING. ValueError, in one line, where that cannot be."""
+        config = self.config
+        host = f"[{config.host}]" if ":" in config.host and not config.host.startswith("[") else config.host
+        address = f"{host}:{config.port}"
+        try:
+            if config.tls is None:
+                self.port = self._grpc.add_insecure_port(address)
+            else:
+                self.port = self._grpc.add_secure_port(address, config.tls.credentials())
+        except RuntimeError as error:
+            raise ValueError(f"cannot listen on {address}; is the port taken? choose another --port") from error
+        await self._grpc.start()
+
+    async def load(self) -> None:
+        """Load and warm up; health says SERVING afterwards. Raises what loading raised."""
+        await self.frontend.start()
+
+    async def drain(self) -> bool:
+        """Say NOT_SERVING, refuse what comes, wait for what was accepted; whether all of it ended by itself."""
+        deadline = time.monotonic() + self.config.grace
+        complete = await self.frontend.drain(self.config.grace)
+        self.health.close()
+        await self._grpc.stop(max(deadline - time.monotonic(), _LAST_WRITES_SECONDS))
+        return complete
+
+    async def stop(self) -> None:
+        """Cut off what is left, and end the engine's thread."""
+        self.health.close()
+        await self._grpc.stop(0)
+        await self.frontend.stop()
+
+    async def wait_until_dead(self) -> None:
+        """Until the engine has failed for good."""
+        await self.frontend.dead.wait()
+
+    def _on_health(self, healthy: bool) -> None:
+        log.info("health: %s", "SERVING" if healthy else "NOT_SERVING")
+        self.health.set(healthy)

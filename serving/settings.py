@@ -1,0 +1,63 @@
+"""What a server allows, frozen. Imports no jax."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARACTERS = 1024
+# More text than this for each token of max_model_len is refused without tokenizing it.
+MAX_PROMPT_BYTES_PER_TOKEN = 32
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits that keep one client from hurting the others. Times in seconds.
+
+    max_queued_requests  requests beyond those that can run at once; None is four times max_num_seqs
+    max_queued_tokens    prompt tokens that wait to be computed; None is 64 steps full of them, and at least
+                         eight prompts of the greatest length
+    max_n                completions of one request; None is max_num_seqs
+    max_items_in_flight  requests of one GenerateMany call that are worked on at a time
+    max_unread_tokens    tokens of one stream that its reader has not taken
+    stall_seconds        how long a reader may leave a message unread
+    max_message_bytes    size of one message from a client
+    """
+
+    max_queued_requests: int | None = None
+    max_queued_tokens: int | None = None
+    max_n: int | None = None
+    max_items_in_flight: int = 256
+    max_unread_tokens: int = 16384
+    stall_seconds: float = 30.0
+    max_message_bytes: int = 16 * 2**20
+
+    def __post_init__(self) -> None:
+        """ValueError naming the flag, the value and the limit."""
+        for name, low in (
+            ("max_queued_requests", 0),
+            ("max_queued_tokens", 1),
+            ("max_n", 1),
+            ("max_items_in_flight", 1),
+            ("max_unread_tokens", 1),
+            ("max_message_bytes", 1024),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= 2**31 - 1:
+                raise ValueError(f"{name}={value} is out of range; use a value in [{low}, {2**31 - 1}]")
+        if not (math.isfinite(self.stall_seconds) and self.stall_seconds > 0):
+            raise ValueError(f"stall_seconds={self.stall_seconds} must be a number above 0")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the front ends know of the engine's model."""
+
+    name: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    vocab_size: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]

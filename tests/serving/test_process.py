@@ -1,0 +1,64 @@
+"""The command itself: signals, exit statuses, one line for what is wrong."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from serving.client import Client, Generation
+from tests.serving.process import ServerProcess
+
+
+@pytest.fixture
+def flags(model_directory: Path, compiled_programs: Path) -> list[str]:
+    return [
+        *("--model", str(model_directory), "--compilation-cache-dir", str(compiled_programs)),
+        *("--max-model-len", "4096", "--max-num-seqs", "4", "--max-num-batched-tokens", "16"),
+    ]
+
+
+def test_sigterm_drains_and_a_second_ends_at_once(flags: list[str]) -> None:
+    with ServerProcess(*flags) as server:
+        port = server.wait_for(r"is ready on port (\d+)")[1]
+        with Client(f"localhost:{port}", max_tries=1, timeout=60) as client:
+            assert client.is_serving()
+            whole = Generation()
+            stream = client.stream("a" * 20, max_tokens=400, ignore_eos=True)
+            whole.add(next(stream))
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("draining")
+            with pytest.raises(grpc.RpcError, match="shutting down"):
+                client.generate("b")
+            for message in stream:
+                whole.add(message)
+            assert len(whole.completions[0].token_ids) == 400
+            assert whole.completions[0].finish_reason == "length"
+        assert server.end() == 0, server.lines
+        assert server.lines[-1].rstrip().endswith("stopped")
+
+    with ServerProcess(*flags, "--grace", "600") as server:
+        port = server.wait_for(r"is ready on port (\d+)")[1]
+        with Client(f"localhost:{port}", max_tries=1, timeout=60) as client:
+            stream = client.stream("a" * 20, max_tokens=4000, ignore_eos=True)
+            next(stream)
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("draining")
+            started = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            assert server.end(10) == 128 + signal.SIGTERM
+            assert time.monotonic() - started < 5
+            with pytest.raises(grpc.RpcError):
+                list(stream)
+
+
+def test_a_model_that_is_none_is_one_line(tmp_path: Path) -> None:
+    with ServerProcess("--model", str(tmp_path)) as server:
+        assert server.end() == 2
+        error = server.lines[-1]
+        assert error.startswith("error: ")
+        assert "config.json" in error
+        assert not any("Traceback" in line for line in server.lines)
