@@ -135,7 +135,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A chip's file. block_bytes: of one block of keys and values; tile_rows: queries of a tile times heads of a group."""
+    """A chip's file. block_bytes: of a block of keys and values; tile_rows: queries of a tile times a group's heads."""
 
     block_bytes: int
     slots: int
