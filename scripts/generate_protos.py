@@ -51,7 +51,7 @@ def generate() -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Make serving/generated/ from protos/.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the files differ")
     check = parser.parse_args().check
     files = generate()

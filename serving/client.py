@@ -210,7 +210,7 @@ class Client:
         )
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._models = models_pb2_grpc.ModelsStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def __enter__(self) -> Client:
         return self
@@ -298,7 +298,7 @@ class AsyncClient:
         )
         self._inference = inference_pb2_grpc.InferenceStub(self._channel)
         self._models = models_pb2_grpc.ModelsStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -363,8 +363,8 @@ class AsyncClient:
 
     async def is_serving(self, *, timeout: float | None = 5.0) -> bool:
         request = health_pb2.HealthCheckRequest()
-        call: Any = self._health.Check(request, timeout=timeout, metadata=self.connection.metadata)
-        return (await call).status == health_pb2.HealthCheckResponse.SERVING
+        answer = await self._health.Check(request, timeout=timeout, metadata=self.connection.metadata)
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         tries = _Tries(self.connection, timeout)

@@ -210,13 +210,21 @@ class EngineLoop:
             self._send(lambda _: self._ended.set(), None)
 
     def _serve(self, opened: asyncio.Future[Engine]) -> None:
+        def settle(outcome: Engine | BaseException) -> None:
+            if opened.cancelled():
+                return
+            if isinstance(outcome, BaseException):
+                opened.set_exception(outcome)
+            else:
+                opened.set_result(outcome)
+
         try:
             engine = self._open_engine()
             engine.warm_up()
         except BaseException as error:
-            self._send(lambda failure: opened.cancelled() or opened.set_exception(failure), error)
+            self._send(settle, error)
             return
-        self._send(lambda ready: opened.cancelled() or opened.set_result(ready), engine)
+        self._send(settle, engine)
         try:
             while self._obey(engine):
                 self._step(engine)
