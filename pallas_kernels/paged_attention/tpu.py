@@ -161,7 +161,7 @@ def _check(
     reason = supports(case)
     if reason is not None:
         raise ValueError(f"the TPU kernel cannot serve {case}: {reason}")
-    expected = {"q": (q, (q.shape[0], case.num_heads, case.head_dim))}
+    expected: dict[str, tuple[jax.Array, tuple[int, ...]]] = {"q": (q, (q.shape[0], case.num_heads, case.head_dim))}
     if (k is None) != (v is None):
         raise ValueError("one of k and v is None; give both, or neither where the pool holds them")
     if k is not None and v is not None:
