@@ -278,10 +278,13 @@ def _decode(
         belongs = (row - first_row)[:, None] == jnp.arange(touched)  # a tile not in use is masked to a share of 0
         old_max, old_sum, old_mixed = (lax.dynamic_slice_in_dim(part, first_row, touched) for part in state)
         new_max = jnp.maximum(old_max, jnp.where(belongs[..., None], tile_max[:, None], _MASKED).max(0))
-        share = jnp.where(belongs[..., None], jnp.exp(tile_max[:, None] - new_max), 0.0)
+        share = jnp.exp(tile_max[:, None] - new_max)
         keep = jnp.exp(old_max - new_max)
-        new_sum = old_sum * keep + (share * tile_sum[:, None]).sum(0)
-        new_mixed = old_mixed * keep[..., None] + (share[..., None] * mixed[:, None]).sum(0)
+        # Chosen, not multiplied by 0: a NaN of one row's tile must not reach the other rows.
+        own_sum = jnp.where(belongs[..., None], share * tile_sum[:, None], 0)
+        own_mixed = jnp.where(belongs[..., None, None], share[..., None] * mixed[:, None], 0)
+        new_sum = old_sum * keep + own_sum.sum(0)
+        new_mixed = old_mixed * keep[..., None] + own_mixed.sum(0)
         return (
             lax.dynamic_update_slice_in_dim(state[0], new_max, first_row, 0),
             lax.dynamic_update_slice_in_dim(state[1], new_sum, first_row, 0),
