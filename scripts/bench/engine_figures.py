@@ -167,7 +167,7 @@ def overhead(batch: int = 32, rounds: int = 12, steps: int = 6) -> Iterator[Figu
         f"host overhead, batch {batch}, 135 M model, decode step of {format_seconds(statistics.median(step_seconds))}",
         f"{share:.1%} (quartiles {quartiles[0]:.1%} to {quartiles[2]:.1%})",
         "under 5%",
-        share < 0.05,
+        share < 0.05 if share > -0.02 else None,  # the steps alone took longer: the machine was not still enough to say
     )
 
 
