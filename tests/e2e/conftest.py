@@ -79,4 +79,4 @@ def engine(llm: LLM) -> Engine:
 @pytest.fixture(autouse=True)
 def no_errors_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     yield
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
