@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class LoadedModel:
     mesh: Mesh
     directory: Path
     generation: GenerationDefaults
+    # The params that serving_form last served, and what it made of them: engines of one model share them.
+    _served: tuple[Params, tuple[Model, Params]] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def config(self) -> ModelConfig:
@@ -80,6 +82,8 @@ class LoadedModel:
         """
         if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
             return self.model, self.params
+        if self._served is not None and self._served[0] is self.params:
+            return self._served[1]
         fused, views = {}, {}
         for index in list(self.params["layers"]):
             layer = self.params["layers"][index]
@@ -87,7 +91,9 @@ class LoadedModel:
             views[index] = jax.tree.map(self._on_device, unfuse(fused[index], layer, _cut))
         ends = {name: value for name, value in self.params.items() if name != "layers"}
         self.params = {**ends, "layers": views}
-        return Model(self.config, self.model.dtype, fused=True), {**ends, "layers": fused}
+        served = Model(self.config, self.model.dtype, fused=True), {**ends, "layers": fused}
+        self._served = self.params, served
+        return served
 
     def _on_device(self, leaf: Any) -> jax.Array:
         return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec())) if isinstance(leaf, np.ndarray) else leaf

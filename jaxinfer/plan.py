@@ -60,8 +60,12 @@ class Plan:
 
     @property
     def kv_cache_bytes(self) -> int:
-        costs = _page_bytes(self.layers, len(self.groups), self.dtype)
-        return sum(pages * cost for pages, cost in zip(self.num_pages, costs, strict=True))
+        return sum(pages * cost for pages, cost in zip(self.num_pages, self.page_bytes, strict=True))
+
+    @property
+    def page_bytes(self) -> list[int]:
+        """Bytes of one page of each group."""
+        return _page_bytes(self.layers, len(self.groups), self.dtype)
 
     def describe(self) -> str:
         """The plan in a few lines, for the log."""

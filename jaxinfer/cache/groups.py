@@ -16,10 +16,6 @@ class KVGroup:
     window: int | None
     layers: tuple[int, ...]
 
-    def bytes_per_page(self, page_size: int, itemsize: int) -> int:
-        """Bytes of one page over all the group's layers, keys and values."""
-        return 2 * len(self.layers) * page_size * self.num_kv_heads * self.head_dim * itemsize
-
     def table_width(self, max_model_len: int, max_chunk: int, page_size: int) -> int:
         """Slots in one sequence's page table; a window group's table is a ring whose slots are reused modulo."""
         full = -(-max_model_len // page_size)

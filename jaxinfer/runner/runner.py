@@ -99,6 +99,7 @@ class Runner:
         self._programs = Programs(metrics)
         self._table = SamplingTable(plan.max_num_seqs)
         self._replicated = NamedSharding(plan.mesh, PartitionSpec())
+        self._platform = plan.mesh.devices.flat[0].platform
         self._abstract_pools = abstract_pools(plan, self._replicated)
         self._group_of_pool = _group_of_pool(plan)
         vocab_size, seqs = model.config.vocab_size, plan.max_num_seqs
@@ -235,8 +236,7 @@ class Runner:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
     def _options(self, num_rows: int, *, with_attention: bool = False) -> dict[str, str]:
-        platform = self.plan.mesh.devices.flat[0].platform
-        return compiler_options(num_rows, platform, with_attention=with_attention)
+        return compiler_options(num_rows, self._platform, with_attention=with_attention)
 
     def _begin(self, layout: BatchLayout) -> Any:
         def lower() -> jax.stages.Lowered:

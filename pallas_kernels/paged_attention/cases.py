@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,12 @@ class ModelCase:
     dtype: str = "bfloat16"
 
 
-def _case(name: str, num_heads: int, num_kv_heads: int, head_dim: int, **fields: object) -> ModelCase:
-    return ModelCase(name, num_heads, num_kv_heads, head_dim, **{"scale": head_dim**-0.5, **fields})  # type: ignore[arg-type]
+def _case(
+    name: str, num_heads: int, num_kv_heads: int, head_dim: int, *, scale: float | None = None, **fields: Any
+) -> ModelCase:
+    return ModelCase(
+        name, num_heads, num_kv_heads, head_dim, scale=head_dim**-0.5 if scale is None else scale, **fields
+    )
 
 
 CASES: tuple[ModelCase, ...] = (

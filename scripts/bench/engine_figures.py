@@ -270,7 +270,7 @@ def window(lengths: Several[int] = (1024, 4096, 16_384, 32_768)) -> Iterator[Fig
     plan = resolve(settings, model, np.dtype(np.float32), make_mesh(None))
     full, ring = plan.groups
     assert (full.window, ring.window) == (None, 512)
-    page_bytes = ring.bytes_per_page(plan.page_size, plan.dtype.itemsize)
+    page_bytes = plan.page_bytes[1]
     num_layers = len(ring.layers)
     most = []
     for length in lengths:

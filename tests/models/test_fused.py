@@ -45,6 +45,14 @@ def test_nothing_is_held_twice() -> None:
         assert first <= part < first + whole.nbytes
 
 
+def test_engines_of_one_model_share_its_parameters() -> None:
+    loaded = load_model(GOLDENS / "llama3_gqa")
+    first, second = loaded.serving_form()[1], loaded.serving_form()[1]
+    assert first is second
+    loaded.params = {**loaded.params, "layers": dict(loaded.params["layers"])}  # what the caller changed is seen
+    assert loaded.serving_form()[1] is not second
+
+
 def test_there_and_back() -> None:
     loaded = load_model(GOLDENS / "llama3_gqa")
     layer = jax.tree.map(np.asarray, loaded.params["layers"]["0"])
