@@ -177,6 +177,11 @@ def cache_directory() -> Path:
     return base / "jaxinfer"
 
 
+def compiler_flags() -> list[str | None]:
+    """What the environment tells XLA's compilers. They read it themselves; programs kept on disk go by it."""
+    return [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+
+
 def tokens_from_environment() -> str:
     """Bearer tokens that a server accepts, with spaces between them; empty where there are none."""
     return os.environ.get(PREFIX + "TOKENS", "")

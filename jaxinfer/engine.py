@@ -24,7 +24,6 @@ from jaxinfer.metrics import EngineMetrics, EngineStats
 from jaxinfer.models.model import Params
 from jaxinfer.outputs import RequestState
 from jaxinfer.plan import resolve
-from jaxinfer.runner.programs import use_compilation_cache
 from jaxinfer.runner.runner import PendingStep, Runner
 from jaxinfer.scheduler.schedule import Schedule, SchedulerConfig
 from jaxinfer.scheduler.scheduler import Scheduler
@@ -42,13 +41,12 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None, mesh: Mesh | None = None) -> None:
-        use_compilation_cache(config.compilation_cache_path)
         self.config = config
         self.loaded = loaded or load_model(config.model, mesh=mesh or config.mesh, dtype=config.dtype)
         self.plan = resolve(config, self.loaded.config, self.loaded.model.dtype, self.loaded.mesh)
         log.info("%s", self.plan.describe())
         self.metrics = EngineMetrics(self.plan.kv_cache_bytes)
-        self.runner = Runner(*self.loaded.serving_form(), self.plan, self.metrics)
+        self.runner = Runner(*self.loaded.serving_form(), self.plan, self.metrics, config.compilation_cache_path)
         self._num_added = 0
         self._open_books()
 

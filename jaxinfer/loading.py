@@ -84,13 +84,11 @@ class LoadedModel:
             return self.model, self.params
         if self._served is not None and self._served[0] is self.params:
             return self._served[1]
-        fused, views = {}, {}
-        for index in list(self.params["layers"]):
-            layer = self.params["layers"][index]
+        fused, layers = {}, self.params["layers"]
+        for index, layer in layers.items():  # one by one, so that no more than a layer is held twice
             fused[index] = jax.tree.map(self._on_device, fuse(layer, _join))
-            views[index] = jax.tree.map(self._on_device, unfuse(fused[index], layer, _cut))
+            layers[index] = jax.tree.map(self._on_device, unfuse(fused[index], layer, _cut))
         ends = {name: value for name, value in self.params.items() if name != "layers"}
-        self.params = {**ends, "layers": views}
         served = Model(self.config, self.model.dtype, fused=True), {**ends, "layers": fused}
         self._served = self.params, served
         return served

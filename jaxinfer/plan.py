@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,8 @@ from jaxinfer.ops.paged_attention import AttentionCase, Backend, choose_backend
 
 log = logging.getLogger(__name__)
 
-# Part of the free memory that the KV cache takes when no flag says otherwise: nearly all of an accelerator's, which
-# serves nothing else; a little of a host's, which does.
+# Part of the memory that the KV cache takes when no flag says otherwise: nearly all that is free of an accelerator's,
+# which serves nothing else; a little of a host's, which does.
 ACCELERATOR_FRACTION = 0.85
 HOST_FRACTION = 0.1
 DEFAULT_PAGE_SIZE = 16
@@ -228,22 +229,23 @@ def _free_memory(mesh: Mesh) -> int:
     """Bytes the KV cache may take, over all devices of the mesh."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return int(HOST_FRACTION * _available_host_memory())
+        # Of the whole, not of what happens to be free: programs are made for a pool's size, and kept.
+        total, available = _host_memory()
+        return min(int(HOST_FRACTION * total), available // 2)
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise ValueError(f"{device} does not tell its memory; give kv_cache_memory or num_pages")
     return int(ACCELERATOR_FRACTION * (stats["bytes_limit"] - stats["bytes_in_use"]))
 
 
-def _available_host_memory() -> int:
-    """MemAvailable where the kernel tells it (Linux), else the physical memory."""
+def _host_memory() -> tuple[int, int]:
+    """Bytes of physical memory, and those available for use where the kernel tells it (Linux)."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:
                 if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+                    return total, int(line.split()[1]) * 1024
     except FileNotFoundError:
         pass
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total, total

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from jaxinfer.plan import Plan
@@ -25,13 +25,12 @@ def abstract_pools(plan: Plan, sharding: jax.sharding.Sharding) -> Pools:
     return tuple(pools[index] for index in range(len(pools)))
 
 
-def empty_pools(abstract: Pools) -> Pools:
-    """Pools of zeros, made on the device. On a Linux host they take memory only as pages of them are used."""
-    return jax.tree.map(_zeros, abstract)
+def empty_pools(abstract: Pools, make_zeros: Callable[[jax.ShapeDtypeStruct], jax.Array]) -> Pools:
+    """Pools of zeros, as make_zeros makes each. On a Linux host they take memory only as pages of them are used."""
+    return jax.tree.map(lambda leaf: _until_used(make_zeros(leaf)), abstract)
 
 
-def _zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    zeros = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+def _until_used(zeros: jax.Array) -> jax.Array:
     if next(iter(zeros.devices())).platform == "cpu" and hasattr(mmap, "MADV_DONTNEED"):
         zeros.block_until_ready()
         for shard in zeros.addressable_shards:

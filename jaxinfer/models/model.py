@@ -15,7 +15,7 @@ from flax import nnx
 from jaxinfer.layers.attention import Attend, Cache
 from jaxinfer.layers.parameters import Parameters
 from jaxinfer.layers.rotary import Rotation, rotation
-from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.config import LayerConfig, ModelConfig
 from jaxinfer.models.decoder import DecoderLayer, Ends
 from jaxinfer.models.dense import dense_attend
 
@@ -51,33 +51,31 @@ class Model:
         self.fused = fused
         # In the layers' order: a set's differs between processes, and so would the programs, which are kept on disk.
         self._ropes = tuple(dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None))
-        ends, layers = self._modules(None)
-        self._ends = nnx.graphdef(ends)
-        self._layers = tuple(nnx.graphdef(layer) for layer in layers)
+        make = Parameters(self.dtype, None)
+        kinds = {layer: self._layer(make, layer) for layer in dict.fromkeys(config.layers)}
+        self._abstract = Ends(make, config), [kinds[layer] for layer in config.layers]
+        self._ends = nnx.graphdef(self._abstract[0])
+        graphs = {layer: nnx.graphdef(module) for layer, module in kinds.items()}
+        self._layers = tuple(graphs[layer] for layer in config.layers)
 
-    def _modules(self, seed: int | None) -> tuple[Ends, list[DecoderLayer]]:
-        make = Parameters(self.dtype, seed)
-        layers = [DecoderLayer(make, self.config, layer, fused=self.fused) for layer in self.config.layers]
-        return Ends(make, self.config), layers
+    def _layer(self, make: Parameters, layer: LayerConfig) -> DecoderLayer:
+        return DecoderLayer(make, self.config, layer, fused=self.fused)
 
     @cached_property
     def abstract_params(self) -> Params:
         """The parameters' shapes and dtypes, as jax.ShapeDtypeStruct leaves."""
-        return self._params(None)
+        return _by_layer(_values, *self._abstract)
 
     @cached_property
     def logical_axes(self) -> Params:
         """For every parameter the tuple of its axes' logical names; None marks an axis that is never split."""
-        ends, layers = self._modules(None)
-        return {**_axes(ends), "layers": {str(index): _axes(layer) for index, layer in enumerate(layers)}}
+        return _by_layer(_axes, *self._abstract)
 
     def init_params(self, seed: int = 0) -> Params:
         """Random parameters, scaled so that activations keep their size: for tests, benchmarks and training."""
-        return self._params(seed)
-
-    def _params(self, seed: int | None) -> Params:
-        ends, layers = self._modules(seed)
-        return {**_values(ends), "layers": {str(index): _values(layer) for index, layer in enumerate(layers)}}
+        make = Parameters(self.dtype, seed)
+        layers = [self._layer(make, layer) for layer in self.config.layers]
+        return _by_layer(_values, Ends(make, self.config), layers)
 
     def begin(self, params: Params, tokens: jax.Array, positions: jax.Array, *, context_len: int) -> Stream:
         """tokens, positions int32 [T] -> what enters the first layer. Of `params` it reads all but "layers".
@@ -166,6 +164,10 @@ def _before(graph: Any, params: Params, x: jax.Array, cos_sin: Rotation | None) 
 @partial(jax.jit, static_argnums=0)
 def _after(graph: Any, params: Params, x: jax.Array, mixed: jax.Array, per_layer_input: jax.Array | None) -> jax.Array:
     return nnx.merge(graph, params).after(x, mixed, per_layer_input)
+
+
+def _by_layer(tree: Callable[[nnx.Module], Params], ends: Ends, layers: list[DecoderLayer]) -> Params:
+    return {**tree(ends), "layers": {str(index): tree(layer) for index, layer in enumerate(layers)}}
 
 
 def _values(module: nnx.Module) -> Params:

@@ -7,7 +7,7 @@ sequence. A backend is a module of functions; `choose_backend` picks one for a c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
@@ -52,10 +52,10 @@ class Backend:
     """
 
     name: str
-    supports: Callable[[AttentionCase], str | None]
-    pool_shape: Callable[[AttentionCase, int], tuple[int, ...]]
-    prepare: Callable[[AttentionCase, RaggedBatch, int], Any]
-    run: Run
+    supports: Callable[[AttentionCase], str | None] = field(repr=False)
+    pool_shape: Callable[[AttentionCase, int], tuple[int, ...]] = field(repr=False)
+    prepare: Callable[[AttentionCase, RaggedBatch, int], Any] = field(repr=False)
+    run: Run = field(repr=False)
 
 
 def _backend(name: str, module: Any) -> Backend:

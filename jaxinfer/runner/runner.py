@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -21,6 +23,7 @@ from jaxinfer.outputs import ScoredTokens
 from jaxinfer.plan import Plan
 from jaxinfer.runner import step
 from jaxinfer.runner.batch import BatchLayout, pack
+from jaxinfer.runner.program_store import ProgramStore
 from jaxinfer.runner.programs import Programs
 from jaxinfer.runner.segments import segments
 from jaxinfer.sampling.logprobs import TokenLogprobs
@@ -88,23 +91,22 @@ class Runner:
     admission.
     """
 
-    def __init__(self, model: Model, params: Params, plan: Plan, metrics: EngineMetrics) -> None:
+    def __init__(
+        self, model: Model, params: Params, plan: Plan, metrics: EngineMetrics, kept_in: Path | None = None
+    ) -> None:
         self.model = model
         self.plan = plan
         self._segments = segments(plan)
         functions = [segment.function for segment in self._segments]
         self._same_as = [functions.index(function) for function in functions]
-        self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what its `begin` returns
         self.set_params(params)
-        self._programs = Programs(metrics)
+        self._programs = Programs(metrics, None if kept_in is None else self._store(kept_in))
         self._table = SamplingTable(plan.max_num_seqs)
         self._replicated = NamedSharding(plan.mesh, PartitionSpec())
         self._platform = plan.mesh.devices.flat[0].platform
         self._abstract_pools = abstract_pools(plan, self._replicated)
         self._group_of_pool = _group_of_pool(plan)
-        vocab_size, seqs = model.config.vocab_size, plan.max_num_seqs
-        self._pools = empty_pools(self._abstract_pools)
-        self._state = jax.jit(partial(init_state, seqs, vocab_size), out_shardings=self._replicated)()
+        self.reset()
 
     def execute(self, schedule: Schedule, tables: Several[np.ndarray]) -> PendingStep:
         """Send one step. `tables` are copied before this returns; nothing waits for the device."""
@@ -154,10 +156,9 @@ class Runner:
         self._admission()
 
     def reset(self) -> None:
-        """Fresh pools and sampler state, after a failed step may have left them unusable."""
-        self._pools = empty_pools(self._abstract_pools)
-        seqs, vocab_size = self.plan.max_num_seqs, self.model.config.vocab_size
-        self._state = jax.jit(partial(init_state, seqs, vocab_size), out_shardings=self._replicated)()
+        """Fresh pools and sampler state: at the start, and after a failed step may have left them unusable."""
+        self._pools = empty_pools(self._abstract_pools, lambda leaf: self._zeros(leaf)())
+        self._state = self._initial_state()()
 
     def _run_model(self, layout: BatchLayout, buffer: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Send all layers over one packed batch: hidden states [T, D], and those of the rows to sample from [S, D]."""
@@ -230,6 +231,12 @@ class Runner:
             first += row.num_tokens
         return tuple(scored)
 
+    def _store(self, directory: Path) -> ProgramStore:
+        params = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), (self._ends, self._segment_params))
+        plan = replace(self.plan, seed=0, enable_prefix_caching=True)  # no program reads these
+        made_from = plan, self.model.config, self.model.dtype, self.model.fused, params
+        return ProgramStore(directory, plan.mesh, repr(made_from))
+
     # Programs. Arguments that come from the host are described by shape; they are small and go to every device.
 
     def _host(self, shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
@@ -238,16 +245,25 @@ class Runner:
     def _options(self, num_rows: int, *, with_attention: bool = False) -> dict[str, str]:
         return compiler_options(num_rows, self._platform, with_attention=with_attention)
 
-    def _begin(self, layout: BatchLayout) -> Any:
+    def _zeros(self, leaf: jax.ShapeDtypeStruct) -> Any:
         def lower() -> jax.stages.Lowered:
-            run = jax.jit(partial(step.begin, self.model, self.plan, layout), out_shardings=self._replicated)
-            lowered = run.lower(self._ends, self._state.last_tokens, self._host((layout.size,)))
-            self._begun[layout.num_tokens] = jax.tree.map(
-                lambda leaf: self._host(leaf.shape, leaf.dtype), lowered.out_info
-            )
-            return lowered
+            return jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=leaf.sharding).lower()
 
-        return self._programs.get(("begin", layout.num_tokens), lower)
+        return self._programs.get(("empty pool", leaf.shape), lower)
+
+    def _initial_state(self) -> Any:
+        def lower() -> jax.stages.Lowered:
+            make = partial(init_state, self.plan.max_num_seqs, self.model.config.vocab_size)
+            return jax.jit(make, out_shardings=self._replicated).lower()
+
+        return self._programs.get("initial state", lower)
+
+    def _begin(self, layout: BatchLayout) -> Any:
+        return self._programs.get(("begin", layout.num_tokens), lambda: self._trace_begin(layout).lower())
+
+    def _trace_begin(self, layout: BatchLayout) -> jax.stages.Traced:
+        run = jax.jit(partial(step.begin, self.model, self.plan, layout), out_shardings=self._replicated)
+        return run.trace(self._ends, self._state.last_tokens, self._host((layout.size,)))
 
     def _layers(self, layout: BatchLayout, number: int) -> Any:
         """The program of a segment, which it shares with those of the same function."""
@@ -255,8 +271,8 @@ class Runner:
         segment = self._segments[number]
 
         def lower() -> jax.stages.Lowered:
-            self._begin(layout)
-            stream, prepared = self._begun[layout.num_tokens]
+            begun = self._trace_begin(layout).out_info
+            stream, prepared = jax.tree.map(lambda leaf: self._host(leaf.shape, leaf.dtype), begun)
             run = jax.jit(
                 partial(step.run_layers, self.model, self.plan, layout, segment),
                 donate_argnums=(1, 2),

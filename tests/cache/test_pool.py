@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,13 +19,16 @@ import os
 import jax, jax.numpy as jnp
 from jaxinfer.cache.pool import empty_pools
 
+def zeros(leaf):
+    return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+
 def resident_mib():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 jnp.zeros(3).block_until_ready()
 sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 before = resident_mib()
-pools = empty_pools(tuple(jax.ShapeDtypeStruct((1024, 16384), jnp.float32, sharding=sharding) for _ in range(4)))
+pools = empty_pools(tuple(jax.ShapeDtypeStruct((1024, 16384), jnp.float32, sharding=sharding) for _ in range(4)), zeros)
 write = jax.jit(lambda pools: tuple(pool.at[7].set(1.0) for pool in pools), donate_argnums=0)
 pools = jax.block_until_ready(write(pools))
 print(resident_mib() - before, sum(float(pool.sum()) for pool in pools) / 4)
@@ -34,7 +38,8 @@ print(resident_mib() - before, sum(float(pool.sum()) for pool in pools) / 4)
 def test_pools_are_zeros() -> None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = [(3, 2, 5), (2000, 1000), (1, 1)]
-    pools = empty_pools(tuple(jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding) for shape in shapes))
+    abstract = tuple(jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding) for shape in shapes)
+    pools = empty_pools(abstract, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding))
     for pool, shape in zip(pools, shapes, strict=True):
         np.testing.assert_array_equal(pool, np.zeros(shape))
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from jaxinfer.runner.programs import use_compilation_cache
+from jaxinfer.llm import LLM
 from tests.e2e.harness import GOLDENS, random_prompts
 from tests.e2e.process import in_own_process
 
@@ -35,18 +34,15 @@ def test_second_start_compiles_nothing(tmp_path: Path) -> None:
     assert first["tokens"] == second["tokens"]
 
 
-def test_cache_directory_that_cannot_be_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_cache_directory_that_cannot_be_made(
+    model_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The engine goes on without, and says so."""
     (tmp_path / "file").write_text("")
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        with caplog.at_level(logging.WARNING):
-            use_compilation_cache(tmp_path / "file" / "compiled")
-        assert jax.config.jax_compilation_cache_dir is None
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(model_directory, compilation_cache_dir=str(tmp_path / "file" / "compiled"), **SIZES)
     assert "compiled programs are not kept" in caplog.text
+    assert llm.engine.stats().num_programs_compiled > 0
 
 
 def test_two_devices_give_the_tokens_of_one(compiled_programs: Path) -> None:

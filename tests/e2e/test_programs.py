@@ -63,8 +63,8 @@ def test_nothing_compiles_after_warm_up(engine: Engine, monkeypatch: pytest.Monk
     warm.warm_up()
     stats = warm.stats()
     num_programs = stats.num_programs_compiled + stats.num_programs_loaded
-    # begin, layers, end and scorer of each token bucket; samplers; page copier and admission
-    assert num_programs == 4 * 5 + 2 + 2
+    # begin, layers, end and scorer of each token bucket; samplers; copier, admission, first state, two empty pools
+    assert num_programs == 4 * 5 + 2 + 5
     rng = np.random.default_rng(0)
     shared = random_prompt(rng, 40)
     ids: list[str] = []
