@@ -127,17 +127,29 @@ class DeviceOnly:
         self._last = layout, runner._sampler(size), pack(schedule, tables, layout), words
         return self._execute(schedule, tables)
 
+    def wait(self) -> None:
+        """Until all that was sent is computed."""
+        self.runner._state.last_tokens.block_until_ready()
+
     def seconds_per_step(self, count: int) -> float:
-        """The pools and the sampler's state are as before: the step writes what it wrote."""
+        """The pools and the sampler's state are as before: the step writes what it wrote.
+
+        As in the engine, a step is waited for when the next is sent: a queue of steps would have a thread send while
+        the device computes, and on few cores that slows the device.
+        """
         assert self._last is not None
         layout, sampler, buffer, words = self._last
         runner = self.runner
-        runner._state.last_tokens.block_until_ready()
+        self.wait()
         started = time.perf_counter()
+        previous = None
         for _ in range(count):
             _, hidden = runner._run_model(layout, buffer)
-            _, runner._state = sampler(runner._ends, runner._state, hidden, words)
-        runner._state.last_tokens.block_until_ready()
+            sampled, runner._state = sampler(runner._ends, runner._state, hidden, words)
+            if previous is not None:
+                previous.token_ids.block_until_ready()
+            previous = sampled
+        self.wait()
         return (time.perf_counter() - started) / count
 
 
@@ -159,6 +171,7 @@ def overhead(batch: int = 32, rounds: int = 12, steps: int = 6) -> Iterator[Figu
         started = time.perf_counter()
         for _ in range(steps):
             engine.step()
+        device.wait()  # the engine has read all but the last, which the device computes meanwhile
         step_seconds.append((time.perf_counter() - started) / steps)
         shares.append(1 - device.seconds_per_step(steps) / step_seconds[-1])
     share = statistics.median(shares)

@@ -8,6 +8,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.types import Request, SamplingParams
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+CONTEXT = 8192  # tokens in the cache, all sequences together, as peer_llamacpp.py has
 
 
 class Peer:
@@ -23,7 +24,8 @@ class Peer:
                 dtype=DTYPES[dtype],
                 max_model_len=2048,
                 max_num_seqs=32,
-                kv_cache_memory="512MiB",
+                page_size=16,
+                num_pages=CONTEXT // 16,
                 compilation_cache_dir=f"{work}/compile-cache/jaxinfer",
             )
         )
