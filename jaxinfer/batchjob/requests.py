@@ -93,7 +93,7 @@ def _openai(line: Line, value: dict[str, Any], base: Mapping[str, Any]) -> Work:
         raise BodyError(f"url={value.get('url')!r} is not served; use one of {', '.join(URLS)}")
     if not isinstance(value.get("body"), dict):
         raise BodyError("body must be a JSON object")
-    body = read_body(kind, value["body"], where="a batch job", base=base)
+    body = read_body(kind, value["body"], where="in a batch job", base=base)
     return Work(
         line=line,
         kind=kind,

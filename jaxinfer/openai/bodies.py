@@ -64,7 +64,7 @@ def read_body(
 ) -> Body:
     """Understand a body; ValueError (OverflowError for absurd numbers) for what is wrong, with the field named.
 
-    where: what serves it, for messages. base: SamplingParams fields for a body that does not set them. own: fields
+    where: "here", or where else it is not served, for messages. base: SamplingParams fields for a body that does not set them. own: fields
     that the caller serves, and checks, itself.
     """
     body = {key: item for key, item in body.items() if item is not None}  # null means "not set" in this API
@@ -84,7 +84,7 @@ def read_body(
         | {*prompt_fields, *own}
         | ({"max_completion_tokens", "top_logprobs"} if kind == "chat" else set())
     )
-    refuse_unknown(given.keys() - SAMPLING_FIELDS, f"{kind} body of {where}", known)
+    refuse_unknown(given.keys() - SAMPLING_FIELDS, f"a {kind} body", known)
     return Body(
         sampling_params=read_sampling({**base, **given}),
         prompts=_prompts(body.get("prompt")) if kind == "completion" else (),
@@ -107,7 +107,7 @@ def _refuse_unserved(body: Mapping[str, Any], where: str) -> None:
     for name, served in _ONLY_OFF.items():
         if name in body and not any(type(body[name]) is type(off) and body[name] == off for off in served):
             fix = f"use {served[0]!r} or leave it out" if served else "leave it out"
-            raise BodyError(f"{name}={body[name]!r} is not served in {where}; {fix}")
+            raise BodyError(f"{name}={body[name]!r} is not served {where}; {fix}")
 
 
 def _chat_names(given: dict[str, Any]) -> None:

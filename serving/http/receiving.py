@@ -1,0 +1,63 @@
+"""What clients send: JSON bodies, bounded in size and time, and their leaving. Imports no jax."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+from jaxinfer.openai.objects import BodyError, parse_object
+from serving.errors import RequestError
+from serving.http.errors import HttpError
+
+
+async def read_object(request: Request, max_bytes: int, patience: float) -> dict[str, Any]:
+    """The request's JSON object. HttpError for what is not JSON, too large, or comes too slowly (seconds a piece)."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # Also a matter of security: no page of another site can send this type here without asking first.
+    if media != "application/json":
+        raise HttpError(415, f"content-type {media[:100]!r} is not served; use application/json", close=True)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise HttpError(415, "content-encoding is not served; send the body as it is", close=True)
+    too_large = HttpError(413, f"the body is larger than {max_bytes} bytes; send less", close=True)
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_bytes:
+        raise too_large
+    body, stream = bytearray(), request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(patience):
+                body += await anext(stream)
+        except StopAsyncIteration:
+            break
+        except TimeoutError:
+            raise HttpError(408, f"nothing of the body came for {patience:g} s; send it faster", close=True) from None
+        if len(body) > max_bytes:
+            raise too_large
+    try:
+        return parse_object(bytes(body))
+    except BodyError as error:
+        raise RequestError("INVALID_ARGUMENT", str(error)) from error
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do the work, and stop it where the client goes away first: ClientDisconnect. The body must have been read."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        is_done = working.done()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.wait((working, leaving))
+    if not is_done:
+        raise ClientDisconnect
+    working.result()
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
