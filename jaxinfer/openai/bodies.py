@@ -64,8 +64,8 @@ def read_body(
 ) -> Body:
     """Understand a body; ValueError (OverflowError for absurd numbers) for what is wrong, with the field named.
 
-    where: "here", or where else it is not served, for messages. base: SamplingParams fields for a body that does not set them. own: fields
-    that the caller serves, and checks, itself.
+    where: "here", say: where it is served, for messages. base: SamplingParams fields for a body that does not set
+    them. own: fields that the caller serves, and checks, itself.
     """
     body = {key: item for key, item in body.items() if item is not None}  # null means "not set" in this API
     _refuse_unserved({key: item for key, item in body.items() if key not in own}, where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
@@ -16,7 +16,7 @@ from serving.engine_loop import RequestStream
 from serving.errors import RequestError
 from serving.frontend import Frontend
 from serving.http.encoding import encode, event
-from serving.http.errors import error_object
+from serving.http.errors import ReaderStalled, error_object
 from serving.http.reading import Query
 
 log = logging.getLogger(__name__)
@@ -135,25 +135,27 @@ async def whole(frontend: Frontend, query: Query) -> bytes:
     return Answer(query, frontend.name).whole(deltas)
 
 
-async def streamed(frontend: Frontend, query: Query) -> AsyncGenerator[bytes, None]:
-    """The answer's events as they come. RequestError before the first; a later failure is the last event."""
+async def stream(frontend: Frontend, query: Query, write: Callable[[bytes], Awaitable[None]]) -> None:
+    """Write the answer's events as they come. RequestError before the first; a later failure is the last event."""
     async with AsyncExitStack() as stack:
         additions = _merged(await _submit(frontend, query, stack))
         await stack.enter_async_context(aclosing(additions))
-        answer, has_given = Answer(query, frontend.name), False
+        answer, has_written = Answer(query, frontend.name), False
         try:
             async for number, delta in additions:
                 if events := answer.events(number, delta):
-                    has_given = True
-                    yield events
+                    await write(events)
+                    has_written = True
                 if delta.end is not None and delta.end.error is not None:
                     raise _logged(query, delta.end.error)
+        except ReaderStalled:
+            raise
         except RequestError as error:
-            if not has_given:
+            if not has_written:
                 raise
-            yield event(error_object(error))
-            return
-        yield answer.last_events()
+            await write(event(error_object(error)))
+        else:
+            await write(answer.last_events())
 
 
 async def _submit(frontend: Frontend, query: Query, stack: AsyncExitStack) -> list[RequestStream]:

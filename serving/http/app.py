@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
@@ -70,12 +69,16 @@ class _Generate:
             (b"x-request-id", query.request_id.encode()),
             (b"x-accel-buffering", b"no"),  # proxies must not wait for more
         ]
-        async with aclosing(answering.streamed(self._frontend, query)) as pieces:
-            piece = await anext(pieces)  # a refusal is still a status of its own
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        has_begun = False
+
+        async def write(piece: bytes) -> None:
+            nonlocal has_begun
+            if not has_begun:  # until now a refusal was a status of its own
+                has_begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": piece, "more_body": True})
-            async for piece in pieces:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+        await answering.stream(self._frontend, query, write)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

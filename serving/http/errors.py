@@ -37,6 +37,13 @@ class HttpError(Exception):
         self.headers = {**(headers or {}), **({"connection": "close"} if close else {})}
 
 
+class ReaderStalled(RequestError):
+    """Nobody reads the answer, so that nobody can be told either."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("ABORTED", f"the reader took nothing for {seconds:g} s; read faster, or ask for less")
+
+
 def error_object(error: Exception) -> dict[str, Any]:
     return {"error": _described(error)[1]}
 

@@ -10,9 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.engine_loop import stalled
 from serving.errors import RequestError
-from serving.http.errors import HttpError, response_of
+from serving.http.errors import HttpError, ReaderStalled, response_of
+from serving.http.receiving import until_gone
 from serving.security import Tokens, is_loopback
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class Gate:
                 log.exception("%s %s failed", scope["method"], scope["path"])
             if has_started:
                 scope["state"][ABORT]()
+                await until_gone(receive)
             else:
                 await response_of(error)(scope, receive, send_in_time)
 
@@ -83,7 +84,7 @@ class Gate:
             async with asyncio.timeout(self._patience):
                 await send(message)
         except TimeoutError:
-            raise stalled(f"took nothing for {self._patience:g} s") from None
+            raise ReaderStalled(self._patience) from None
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)

@@ -45,7 +45,7 @@ async def read_object(request: Request, max_bytes: int, patience: float) -> dict
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
     """Do the work, and stop it where the client goes away first: ClientDisconnect. The body must have been read."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_until_gone(receive))
+    working, leaving = asyncio.create_task(work), asyncio.create_task(until_gone(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         is_done = working.done()
@@ -58,6 +58,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
     working.result()
 
 
-async def _until_gone(receive: Receive) -> None:
+async def until_gone(receive: Receive) -> None:
+    """Until the client has disconnected. What it still sends is dropped."""
     while (await receive())["type"] != "http.disconnect":
         pass
