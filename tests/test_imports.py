@@ -212,7 +212,7 @@ for name in sys.argv[1:]:
 
 
 HEAVY = {"jax", "jaxlib", "flax", "numpy", "transformers", "safetensors", "orbax", "huggingface_hub", "tqdm", "torch"}
-HEAVY |= {"grpc", "google"}
+HEAVY |= {"grpc", "google", "starlette", "uvicorn", "prometheus_client"}
 
 
 @pytest.mark.parametrize(

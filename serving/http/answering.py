@@ -159,11 +159,12 @@ async def stream(frontend: Frontend, query: Query, write: Callable[[bytes], Awai
 
 
 async def _submit(frontend: Frontend, query: Query, stack: AsyncExitStack) -> list[RequestStream]:
-    frontend.check_model(query.asks[0].model)
     most = frontend.admission.max_requests
-    if len(query.asks) > most:
-        message = f"prompt holds {len(query.asks)} prompts, and this server takes {most}; send fewer at a time"
-        raise RequestError("INVALID_ARGUMENT", message)
+    with frontend.counting_refusals():
+        frontend.check_model(query.asks[0].model)
+        if len(query.asks) > most:
+            message = f"prompt holds {len(query.asks)} prompts, and this server takes {most}; send fewer at a time"
+            raise RequestError("INVALID_ARGUMENT", message)
     return [
         await stack.enter_async_context(await frontend.submit(ask, is_streamed=query.is_streamed)) for ask in query.asks
     ]

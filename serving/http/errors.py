@@ -28,13 +28,16 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class HttpError(Exception):
-    """A failure that only HTTP knows. `close`: the request has not been read to its end."""
+    """A failure that only HTTP knows. is_unread: the request's body has not been read to its end."""
 
-    def __init__(self, status: int, message: str, *, headers: Mapping[str, str] | None = None, close: bool = False):
+    def __init__(
+        self, status: int, message: str, *, headers: Mapping[str, str] | None = None, is_unread: bool = False
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
-        self.headers = {**(headers or {}), **({"connection": "close"} if close else {})}
+        self.is_unread = is_unread
+        self.headers = {**(headers or {}), **({"connection": "close"} if is_unread else {})}
 
 
 class ReaderStalled(RequestError):

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import RequestError
 from serving.http.errors import HttpError, ReaderStalled, response_of
-from serving.http.receiving import until_gone
+from serving.http.receiving import discard_rest, until_gone
 from serving.security import Tokens, is_loopback
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,10 @@ class Gate:
             if has_started:
                 scope["state"][ABORT]()
                 await until_gone(receive)
-            else:
-                await response_of(error)(scope, receive, send_in_time)
+                return
+            if isinstance(error, HttpError) and error.is_unread and "expect" not in Headers(scope=scope):
+                await discard_rest(receive)
+            await response_of(error)(scope, receive, send_in_time)
 
     async def _send(self, message: Message, send: Send) -> None:
         try:
@@ -90,13 +92,13 @@ class Gate:
         headers = Headers(scope=scope)
         if self._local_only and not _is_local(headers.getlist("host")):
             message = "a server without tokens answers as localhost only; ask for that, or start it with --tokens-file"
-            raise HttpError(403, message, close=True)
+            raise HttpError(403, message, is_unread=True)
         if self._tokens is None or (scope["path"] in self._open_paths and scope["method"] in ("GET", "HEAD")):
             return
         given = headers.getlist("authorization")
         if len(given) != 1 or not self._tokens.accept(given[0]):
             message = "send one of the server's tokens: authorization: Bearer TOKEN"
-            raise HttpError(401, message, headers={"www-authenticate": "Bearer"}, close=True)
+            raise HttpError(401, message, headers={"www-authenticate": "Bearer"}, is_unread=True)
 
 
 def _is_local(hosts: list[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -13,29 +14,36 @@ from jaxinfer.openai.objects import BodyError, parse_object
 from serving.errors import RequestError
 from serving.http.errors import HttpError
 
+_DISCARD_BYTES, _DISCARD_SECONDS = 32 * 2**20, 1.0
+
 
 async def read_object(request: Request, max_bytes: int, patience: float) -> dict[str, Any]:
     """The request's JSON object. HttpError for what is not JSON, too large, or comes too slowly (seconds a piece)."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     # Also a matter of security: no page of another site can send this type here without asking first.
     if media != "application/json":
-        raise HttpError(415, f"content-type {media[:100]!r} is not served; use application/json", close=True)
+        raise HttpError(415, f"content-type {media[:100]!r} is not served; use application/json", is_unread=True)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise HttpError(415, "content-encoding is not served; send the body as it is", close=True)
-    too_large = HttpError(413, f"the body is larger than {max_bytes} bytes; send less", close=True)
+        raise HttpError(415, "content-encoding is not served; send the body as it is", is_unread=True)
+    too_large = HttpError(413, f"the body is larger than {max_bytes} bytes; send less", is_unread=True)
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise too_large
-    body, stream = bytearray(), request.stream()
-    while True:
+    body, has_more = bytearray(), True
+    while has_more:
         try:
             async with asyncio.timeout(patience):
-                body += await anext(stream)
-        except StopAsyncIteration:
-            break
+                part = await request.receive()
         except TimeoutError:
-            raise HttpError(408, f"nothing of the body came for {patience:g} s; send it faster", close=True) from None
+            raise HttpError(
+                408, f"nothing of the body came for {patience:g} s; send it faster", is_unread=True
+            ) from None
+        if part["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += part.get("body", b"")
+        has_more = part.get("more_body", False)
         if len(body) > max_bytes:
+            too_large.is_unread = has_more
             raise too_large
     try:
         return parse_object(bytes(body))
@@ -56,6 +64,18 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> 
     if not is_done:
         raise ClientDisconnect
     working.result()
+
+
+async def discard_rest(receive: Receive) -> None:
+    """Read what still comes of a body, within limits: closing on unread bytes would take the answer from the client."""
+    num_bytes = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while num_bytes < _DISCARD_BYTES:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 async def until_gone(receive: Receive) -> None:

@@ -15,6 +15,8 @@ from serving.security import Tokens
 from tests.serving.http.harness import threaded_server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = playwright.expect
+expect.set_options(timeout=15_000)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PROMPT = "one small prompt"
@@ -57,26 +59,26 @@ def test_it_streams_and_shows_gauges(llm: LLM, page: Any) -> None:
     (expected,) = llm.generate([PROMPT], SamplingParams(max_tokens=40, temperature=0))
     with threaded_server(llm.engine) as address:
         page.goto(address)
-        seen = page.evaluate(
+        page.evaluate(
             """() => { window.seen = [];
                 new MutationObserver(() => window.seen.push(document.getElementById("answer").textContent.length))
                     .observe(document.getElementById("answer"), {childList: true}); }"""
         )
         _ask(page, 40)
-        page.wait_for_function("document.getElementById('count').textContent === '40'")
-        page.wait_for_selector("#send:enabled")
+        expect(page.locator("#count")).to_have_text("40")
+        expect(page.locator("#send")).to_be_enabled()
         assert page.text_content("#answer") == expected.outputs[0].text
         seen = page.evaluate("window.seen")
         assert len(set(seen)) > 3, "it grows while it comes"
         for gauge in ("#ttft", "#itl", "#server-ttft", "#server-itl"):
-            page.wait_for_function(f"document.querySelector('{gauge}').textContent.endsWith(' ms')")
-        page.wait_for_function("document.getElementById('running').textContent === '0'")
+            expect(page.locator(gauge)).to_contain_text(" ms")
+        expect(page.locator("#running")).to_have_text("0")
         assert page.text_content("#cache").endswith(" %")
         assert page.text_content("#model") == "small"
         page.check("#chat")
         _ask(page, 5)
-        page.wait_for_function("document.getElementById('count').textContent === '5'")
-        page.wait_for_selector("#send:enabled")
+        expect(page.locator("#count")).to_have_text("5")
+        expect(page.locator("#send")).to_be_enabled()
         assert page.text_content("#answer")
         assert page.text_content("#error") == ""
 
@@ -85,16 +87,16 @@ def test_it_sends_the_token_and_tells_what_is_refused(llm: LLM, page: Any) -> No
     with threaded_server(llm.engine, tokens=Tokens([TOKEN])) as address:
         page.goto(address)
         _ask(page, 5)
-        page.wait_for_function("document.getElementById('error').textContent.includes('tokens')")
+        expect(page.locator("#error")).to_contain_text("tokens")
         assert page.text_content("#answer") == ""
         assert page.text_content("#running") == "-"
         page.fill("#token", TOKEN)
         _ask(page, 5)
-        page.wait_for_function("document.getElementById('count').textContent === '5'")
-        page.wait_for_function("document.getElementById('running').textContent === '0'")
+        expect(page.locator("#count")).to_have_text("5")
+        expect(page.locator("#running")).to_have_text("0")
         assert TOKEN not in page.url
-        page.wait_for_selector("#send:enabled")
+        expect(page.locator("#send")).to_be_enabled()
         page.fill("#tokens", "5")
         page.fill("#prompt", "x" * 200)
         page.click("#send")
-        page.wait_for_function("document.getElementById('error').textContent.includes('max_model_len=96')")
+        expect(page.locator("#error")).to_contain_text("max_model_len=96")
