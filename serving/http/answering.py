@@ -95,7 +95,7 @@ class Answer:
     def _choice(self, number: int, sequence: SequenceDelta) -> dict[str, Any]:
         """One completion's part. Chat's text is under "delta", with the role in a completion's first part."""
         index = number * self._query.n + sequence.index
-        first, choice = index not in self._offsets, {"index": index}
+        first, choice = index not in self._offsets, dict[str, Any](index=index)
         offset = self._offsets.setdefault(index, 0)
         if self._is_chat:
             choice["delta"] = {**({"role": "assistant"} if first else {}), "content": sequence.text}
