@@ -8,7 +8,7 @@ from collections.abc import Sequence
 _USAGE = """usage: jaxinfer {run,serve,convert} ...
 
   run      complete a file of prompts, or one prompt    (python -m jaxinfer.run)
-  serve    answer requests over gRPC                    (python -m serving)
+  serve    answer requests over HTTP and gRPC           (python -m serving)
   convert  turn a checkpoint into another format        (python -m jaxinfer.convert)
 
 jaxinfer COMMAND --help tells a command's flags; jaxinfer --version the version."""

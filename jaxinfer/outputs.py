@@ -139,4 +139,14 @@ class RequestState:
         times.num_preemptions = sum(sequence.num_preemptions for sequence in self.sequences)
         self.output.finished, self.output.error = True, error
         reason = self.output.outputs[0].finish_reason or "abort"
-        metrics.request_finished(reason, now - times.arrival_time)
+        prefill = decode = None
+        if times.first_token_time is not None and times.first_scheduled_time is not None:
+            prefill = times.first_token_time - times.first_scheduled_time
+            decode = now - times.first_token_time
+        metrics.request_finished(
+            reason,
+            now - times.arrival_time,
+            prefill_time=prefill,
+            decode_time=decode,
+            num_output_tokens=sum(len(completion.token_ids) for completion in self.output.outputs),
+        )

@@ -1,1 +1,1 @@
-"""The gRPC service over the engine: `python -m serving`."""
+"""The server over the engine, gRPC and HTTP: `python -m serving`."""

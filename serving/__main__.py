@@ -1,7 +1,7 @@
-"""`python -m serving`: a model behind a gRPC service, until SIGTERM or Ctrl-C.
+"""`python -m serving`: a model behind gRPC and HTTP, until SIGTERM or Ctrl-C.
 
-Requests are accepted once the model is loaded and its programs are compiled; grpc.health.v1 says SERVING then. The
-first SIGTERM or Ctrl-C says NOT_SERVING and lets accepted requests end, the second ends the process at once. Exit
+Requests are accepted once the model is loaded and its programs are compiled; grpc.health.v1 and /health say so. The
+first SIGTERM or Ctrl-C says not serving and lets accepted requests end, the second ends the process at once. Exit
 status: 0 after a drain; 1 the engine failed for good; 2 the server did not start (one line says why); 3 a defect, with
 its traceback; 130 or 143 after the second signal. `--help` loads neither jax nor grpc.
 """
@@ -34,15 +34,22 @@ log = logging.getLogger("serving")
 def parser() -> argparse.ArgumentParser:
     result = OneLineParser(
         prog="python -m serving",
-        description="Serve a model over gRPC.",
+        description="Serve a model over gRPC and HTTP.",
         epilog="Exit status: 0 stopped by a signal and drained, 1 the engine failed, 2 not started, 3 a defect.",
         allow_abbrev=False,
     )
     server = result.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    server.add_argument("--port", type=int, default=50051, metavar="N", help="0 is a free one (default: 50051)")
+    server.add_argument("--port", type=int, default=50051, metavar="N", help="gRPC; 0 is a free one (default: 50051)")
+    server.add_argument(
+        "--http-port", type=_port_or_off, default=8000, metavar="N", help="0 is a free one, off is none (default: 8000)"
+    )
     server.add_argument("--served-model-name", metavar="NAME", help="default: the last part of --model")
     server.add_argument("--grace", type=float, default=25.0, metavar="S", help="seconds to drain in (default: 25)")
+    server.add_argument("--vllm-metrics", action="store_true", help="give /metrics under vLLM's names as well")
+    server.add_argument(
+        "--log-format", choices=("plain", "json"), default="plain", help="of standard error (default: plain)"
+    )
     security = result.add_argument_group("security")
     security.add_argument("--tls-cert", metavar="FILE", help="the server's certificate, PEM")
     security.add_argument("--tls-key", metavar="FILE", help="its key, PEM, without a password")
@@ -72,13 +79,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _port_or_off(text: str) -> int | None:
+    return None if text == "off" else int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    for name in ("jaxinfer", "serving"):
-        logging.getLogger(name).setLevel(logging.INFO)
     try:
+        from serving.logs import set_up_logging
+
+        set_up_logging(args.log_format)
         engine = engine_config(args)
         config = _server_config(args, engine)
     except (ValueError, OSError) as error:
@@ -102,8 +113,11 @@ def _server_config(args: argparse.Namespace, engine: EngineConfig) -> ServerConf
     from serving.server import ServerConfig
     from serving.settings import Limits
 
-    if not 0 <= args.port <= 65535:
-        raise ValueError(f"--port {args.port} is out of range; use a value in [0, 65535]")
+    for flag, port in (("--port", args.port), ("--http-port", args.http_port)):
+        if port is not None and not 0 <= port <= 65535:
+            raise ValueError(f"{flag} {port} is out of range; use a value in [0, 65535]")
+    if args.port == args.http_port != 0:
+        raise ValueError(f"--port and --http-port are both {args.port}; give each its own")
     if not 0 <= args.grace < float("inf"):
         raise ValueError(f"--grace {args.grace} must be 0 or more seconds")
     if (args.tls_cert is None) != (args.tls_key is None):
@@ -130,11 +144,13 @@ def _server_config(args: argparse.Namespace, engine: EngineConfig) -> ServerConf
         name=args.served_model_name or os.path.basename(os.path.normpath(engine.model)),
         host=args.host,
         port=args.port,
+        http_port=args.http_port,
         tls=tls,
         tokens=tokens,
         health_is_open=not args.health_needs_token,
         grace=args.grace,
         limits=Limits(**given),
+        vllm_metrics=args.vllm_metrics,
     )
 
 
@@ -152,7 +168,8 @@ async def _serve(config: ServerConfig, engine: EngineConfig) -> int:
     except ValueError as error:
         _tell_error(str(error))
         return NOT_STARTED
-    log.info("listening on %s port %d; loading %s", config.host, server.port, engine.model)
+    http = "" if server.http is None else f", HTTP on port {server.http.port}"
+    log.info("listening on %s port %d%s; loading %s", config.host, server.port, http, engine.model)
     loaded = asyncio.create_task(server.load())
     await asyncio.wait((loaded, stopped), return_when=asyncio.FIRST_COMPLETED)
     if not loaded.done():
@@ -163,7 +180,7 @@ async def _serve(config: ServerConfig, engine: EngineConfig) -> int:
     except (ValueError, OSError) as error:
         _tell_error(str(error))
         _end_now(NOT_STARTED)
-    log.info("%s is ready on port %d", config.name, server.port)
+    log.info("%s is ready on port %d%s", config.name, server.port, http)
     dead = asyncio.create_task(server.wait_until_dead())
     await asyncio.wait((stopped, dead), return_when=asyncio.FIRST_COMPLETED)
     return await _finish(server, signals, is_dead=dead.done())

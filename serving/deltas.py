@@ -46,6 +46,7 @@ class End:
     decode_time: float | None
     total_time: float | None
     num_preemptions: int
+    finish_reasons: tuple[Reason | None, ...]  # of each completion
     error: RequestError | None = None
 
 
@@ -113,17 +114,17 @@ class DeltaMaker:
                 text=text,
                 token_ids=token_ids,
                 logprobs=None if completion.logprobs is None else completion.logprobs[first:],
-                finish_reason=reason if reason is not None and finish_reason in ("abort", "error") else finish_reason,
+                finish_reason=_better(finish_reason, reason),
                 stop_reason=completion.stop_reason,
                 num_tokens=self._tokens[i],
                 cumulative_logprob=completion.cumulative_logprob,
                 last_token_id=completion.token_ids[-1] if completion.token_ids else None,
             )
         if output.finished:
-            delta.end = self._end(error)
+            delta.end = self._end(reason, error)
         return delta
 
-    def _end(self, error: RequestError | None) -> End:
+    def _end(self, reason: Reason | None, error: RequestError | None) -> End:
         output, times = self._output, self._output.metrics
         decode = None
         if times.first_token_time is not None and times.finished_time is not None:
@@ -139,5 +140,11 @@ class DeltaMaker:
             decode_time=decode,
             total_time=times.end_to_end_time,
             num_preemptions=times.num_preemptions,
+            finish_reasons=tuple(_better(completion.finish_reason, reason) for completion in output.outputs),
             error=error,
         )
+
+
+def _better(engines: Reason | None, reason: Reason | None) -> Reason | None:
+    """Why a completion ended: the engine's word, unless all it knows is that somebody ended it."""
+    return reason if reason is not None and engines in ("abort", "error") else engines

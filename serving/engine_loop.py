@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxinfer.types import Request, RequestOutput, SamplingParams
 from serving.admission import Ticket
-from serving.deltas import Delta, DeltaMaker
+from serving.deltas import Delta, DeltaMaker, End
 from serving.errors import RequestError
 
 if TYPE_CHECKING:
@@ -36,10 +36,19 @@ class RequestStream:
     """One request's answer on its way to its reader; for the event loop only. Use as an async context manager.
 
     Leaving the context before the end aborts the request. max_unread_tokens: more than this unread aborts it too.
+    on_end: called once it is over, with how it ended, or with the error for a request that the engine did not take.
     """
 
-    def __init__(self, request: Request, ticket: Ticket, max_unread_tokens: int | None, engine: EngineLoop) -> None:
+    def __init__(
+        self,
+        request: Request,
+        ticket: Ticket,
+        max_unread_tokens: int | None,
+        engine: EngineLoop,
+        on_end: Callable[[End | RequestError], None],
+    ) -> None:
         self.request = request
+        self._on_end = on_end
         self._ticket = ticket
         self._max_unread_tokens = max_unread_tokens
         self._engine = engine
@@ -52,8 +61,8 @@ class RequestStream:
     async def __aenter__(self) -> RequestStream:
         return self
 
-    async def __aexit__(self, *exception: object) -> None:
-        self.cancel(None)
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.cancel(error if isinstance(error, RequestError) else None)
 
     async def next(self) -> Delta:
         """All that has come since the last call, at least something; the last has `end`. RequestError if refused."""
@@ -85,20 +94,21 @@ class RequestStream:
         if delta.end is not None:
             if self._reason is not None and delta.end.error is None:
                 delta.end.error = self._reason
-            self._end()
+            self._end(delta.end)
         elif self._max_unread_tokens is not None and self._unread.num_tokens > self._max_unread_tokens:
             self.cancel(stalled(f"left {self._unread.num_tokens} tokens unread"))
         self._arrived.set()
 
     def refuse(self, error: RequestError) -> None:
         self._refusal = error
-        self._end()
+        self._end(error)
         self._arrived.set()
 
-    def _end(self) -> None:
+    def _end(self, how: End | RequestError) -> None:
         self._over = True
         self._ticket.leave()
         self._engine.forget(self)
+        self._on_end(how)
 
 
 def stalled(what: str) -> RequestError:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
+from jaxinfer.metrics import EngineMetrics
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import Request, SamplingParams
 from serving.admission import Admission
+from serving.conversation import Conversation
+from serving.deltas import End
 from serving.engine_loop import EngineLoop, RequestStream
-from serving.errors import RequestError
+from serving.errors import Code, RequestError
+from serving.logs import log_request
 from serving.settings import (
     MAX_PROMPT_BYTES_PER_TOKEN,
     MAX_STOP_CHARACTERS,
@@ -33,16 +40,11 @@ _ABORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Chat messages, each with "role" and "content", and the variables of the model's template."""
-
-    messages: tuple[Mapping[str, str], ...]
-    template_arguments: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Ask:
-    """A request as a protocol understood it. queue_time_limit in seconds; arrival_time on time.monotonic()."""
+    """A request as a protocol understood it. queue_time_limit in seconds; arrival_time on time.monotonic().
+
+    name: what its client calls it, for the log.
+    """
 
     prompt: str | tuple[int, ...] | Conversation
     sampling_params: SamplingParams
@@ -51,6 +53,8 @@ class Ask:
     priority: int = 0
     queue_time_limit: float | None = None
     cache_salt: str = ""
+    name: str = ""
+    add_special_tokens: bool = True  # to a prompt that is text
 
 
 class Frontend:
@@ -68,6 +72,8 @@ class Frontend:
         self.tokenizer: Tokenizer | None = None
         self.on_health: list[Callable[[bool], None]] = []
         self.healthy = False
+        self.engine_metrics: EngineMetrics | None = None  # once the model is loaded
+        self.num_refused: Counter[Code] = Counter()  # requests refused, or cut off before their end
         self.draining = asyncio.Event()
         self.dead: asyncio.Event = asyncio.Event()
         self._numbers = itertools.count()
@@ -77,6 +83,7 @@ class Frontend:
     async def start(self) -> None:
         """Load the model and compile; afterwards requests are taken. Raises what loading raised."""
         engine = await self.engine.start()
+        self.engine_metrics = engine.metrics
         plan, loaded = engine.plan, engine.loaded
         self.facts = ModelFacts(
             name=self.name,
@@ -85,6 +92,8 @@ class Frontend:
             max_num_batched_tokens=plan.max_num_batched_tokens,
             vocab_size=loaded.config.vocab_size,
             dtype=plan.dtype.name,
+            page_size=plan.page_size,
+            num_pages=max(plan.num_pages),
             eos_token_ids=tuple(loaded.generation.eos_token_ids),
         )
         if Tokenizer.exists(loaded.directory):
@@ -131,15 +140,19 @@ class Frontend:
 
         Only the vocabulary and the length of the prompt are checked later, by the engine.
         """
-        self.check_model(ask.model)
-        self._check_limits(ask)
-        ticket = self.admission.enter(_estimate_tokens(ask.prompt))
-        try:
-            token_ids = ask.prompt if isinstance(ask.prompt, tuple) else await self.token_ids(ask.prompt)
-            ticket.recount(len(token_ids))
-        except BaseException:
-            ticket.leave()
-            raise
+        with self.counting_refusals():
+            self.check_model(ask.model)
+            self._check_limits(ask)
+            ticket = self.admission.enter(_estimate_tokens(ask.prompt))
+            try:
+                if isinstance(ask.prompt, tuple):
+                    token_ids = ask.prompt
+                else:
+                    token_ids = await self.token_ids(ask.prompt, ask.add_special_tokens)
+                ticket.recount(len(token_ids))
+            except BaseException:
+                ticket.leave()
+                raise
         request = Request(
             request_id=f"request-{next(self._numbers)}",
             prompt_token_ids=token_ids,
@@ -149,9 +162,25 @@ class Frontend:
             arrival_time=ask.arrival_time,
             cache_salt=ask.cache_salt,
         )
-        stream = RequestStream(request, ticket, self.limits.max_unread_tokens if is_streamed else None, self.engine)
+        max_unread = self.limits.max_unread_tokens if is_streamed else None
+        stream = RequestStream(request, ticket, max_unread, self.engine, functools.partial(self._ended, ask, request))
         self.engine.submit(stream, ask.queue_time_limit)
         return stream
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """A RequestError raised inside is counted; `submit` counts its own."""
+        try:
+            yield
+        except RequestError as error:
+            self.num_refused[error.code] += 1
+            raise
+
+    def _ended(self, ask: Ask, request: Request, how: End | RequestError) -> None:
+        error = how if isinstance(how, RequestError) else how.error
+        if error is not None:
+            self.num_refused[error.code] += 1
+        log_request(ask.name or request.request_id, self.name, len(request.prompt_token_ids), how)
 
     async def token_ids(self, prompt: str | Conversation, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The token ids of a text or conversation. RequestError for one that the tokenizer or the template rejects."""

@@ -170,7 +170,9 @@ class Inference(_Service, inference_pb2_grpc.InferenceServicer):
     async def _answers(self, request: pb.GenerateRequest, is_streamed: bool) -> AsyncGenerator[_Answer, None]:
         """The messages of one request, as they come or all in one. RequestError where it is refused."""
         frontend = self.frontend
-        stream = await frontend.submit(messages.read_ask(request), is_streamed=is_streamed)
+        with frontend.counting_refusals():
+            ask = messages.read_ask(request)
+        stream = await frontend.submit(ask, is_streamed=is_streamed)
         async with stream:
             writer = messages.Writer(
                 request_id=request.request_id or stream.request.request_id,

@@ -12,9 +12,10 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from jaxinfer.types import Logprob, SamplingParams
+from serving.conversation import Conversation, check_variables
 from serving.deltas import Delta, End, Prompt, Reason, SequenceDelta
 from serving.errors import RequestError
-from serving.frontend import Ask, Conversation
+from serving.frontend import Ask
 from serving.generated import inference_pb2 as pb
 
 # Fields of the messages that are SamplingParams' under the same name.
@@ -33,30 +34,6 @@ _SAMPLING = (
 MAX_REQUEST_ID = 256
 _STOPPING = ("max_tokens", "min_tokens", "ignore_eos")
 _OUTPUT = ("logprobs", "prompt_logprobs", "skip_special_tokens")
-
-# Arguments of the function that renders a template, which are not variables of the template: with some of them a
-# client could bring a template of its own.
-_NOT_VARIABLES = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "processor_kwargs",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "self",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
 
 _REASONS: Mapping[Reason, pb.FinishReason] = {
     "stop": pb.FINISH_REASON_STOP,
@@ -88,6 +65,7 @@ def read_ask(request: pb.GenerateRequest) -> Ask:
         priority=request.priority,
         queue_time_limit=request.queue_time_limit_ms / 1000 if has_limit else None,
         cache_salt=request.cache_salt,
+        name=request.request_id,
     )
 
 
@@ -110,9 +88,10 @@ def read_chat(chat: pb.Chat) -> Conversation:
         own = {"role": message.role, "content": message.content}
         messages.append({**own, "name": message.name} if message.HasField("name") else own)
     arguments = MessageToDict(chat.template_arguments)
-    for name in arguments:
-        if name in _NOT_VARIABLES or name.startswith("_"):
-            raise _invalid(f"chat.template_arguments: {name!r} is no variable of the model's template; leave it out")
+    try:
+        check_variables("chat.template_arguments", arguments)
+    except ValueError as error:
+        raise _invalid(str(error)) from error
     arguments |= _given(chat, ("add_generation_prompt", "continue_final_message"))
     return Conversation(tuple(messages), arguments)
 

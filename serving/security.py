@@ -73,8 +73,8 @@ class TlsFiles:
     key: str
     client_ca: str | None = None
 
-    def credentials(self) -> grpc.ServerCredentials:
-        """ValueError, in one line, for files that do not hold what they should or do not go together."""
+    def context(self) -> ssl.SSLContext:
+        """For HTTP. ValueError, in one line, for files that do not hold what they should or do not go together."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_cert_chain(self.certificate, self.key, password=_no_password)
@@ -82,13 +82,19 @@ class TlsFiles:
             raise ValueError(
                 f"{self.certificate} and {self.key} are no certificate and its key in PEM ({error.reason})"
             ) from error
-        ca = None
         if self.client_ca is not None:
             try:
                 context.load_verify_locations(self.client_ca)
             except ssl.SSLError as error:
                 raise ValueError(f"{self.client_ca} is no certificate in PEM ({error.reason})") from error
-            ca = Path(self.client_ca).read_bytes()
+            context.verify_mode = ssl.CERT_REQUIRED
+        context.set_alpn_protocols(["http/1.1"])
+        return context
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For gRPC, which does not say what is wrong with a file: `context` is asked first."""
+        self.context()
+        ca = None if self.client_ca is None else Path(self.client_ca).read_bytes()
         pair = Path(self.key).read_bytes(), Path(self.certificate).read_bytes()
         return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
 

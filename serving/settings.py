@@ -60,4 +60,6 @@ class ModelFacts:
     max_num_batched_tokens: int
     vocab_size: int
     dtype: str
+    page_size: int
+    num_pages: int
     eos_token_ids: tuple[int, ...]

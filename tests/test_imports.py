@@ -22,6 +22,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("serving",),
     ("jaxinfer.run", "jaxinfer.convert"),
     ("jaxinfer.batchjob", "jaxinfer.flags"),
+    ("jaxinfer.openai",),
     ("jaxinfer", "jaxinfer.llm"),
     ("jaxinfer.engine",),
     ("jaxinfer.runner", "jaxinfer.loading"),
@@ -61,6 +62,7 @@ HOST_ONLY = (
     "jaxinfer.metrics*",
     "jaxinfer.models.config",
     "jaxinfer.models.families*",
+    "jaxinfer.openai*",
     "jaxinfer.run",
     "jaxinfer.scheduler*",
     "jaxinfer.tokenizer*",
@@ -210,7 +212,7 @@ for name in sys.argv[1:]:
 
 
 HEAVY = {"jax", "jaxlib", "flax", "numpy", "transformers", "safetensors", "orbax", "huggingface_hub", "tqdm", "torch"}
-HEAVY |= {"grpc", "google"}
+HEAVY |= {"grpc", "google", "starlette", "uvicorn", "prometheus_client"}
 
 
 @pytest.mark.parametrize(

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 DIGEST_BYTES = 8
 
 
 class JobError(ValueError):
     """The job cannot go on, for a reason outside the program; the message is one line for the user."""
-
-
-class LineError(ValueError):
-    """One line cannot be served; the job goes on."""
 
 
 @dataclass(frozen=True)
@@ -82,47 +76,3 @@ class InputFile:
             return open(self.path, "rb")
         except OSError as error:
             raise JobError(f"cannot read the input {self.path}: {error.strerror}; check the path") from error
-
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in a line. LineError naming what is wrong."""
-    try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_no_duplicates,
-            parse_float=_finite,
-            parse_constant=_finite,
-        )
-    except UnicodeDecodeError as error:
-        raise LineError(f"not UTF-8 at byte {error.start}; save the input as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise LineError(f"not JSON: {error.msg} at column {error.colno}; write one JSON object a line") from None
-    except RecursionError:
-        raise LineError("JSON is nested too deeply; write one flat JSON object a line") from None
-    except ValueError as error:  # a duplicate key, or a number of more digits than int() takes
-        raise LineError(str(error)) from None
-    if not isinstance(value, dict):
-        raise LineError(f'a line must be a JSON object, not {_kind(value)}; write for example {{"prompt": "..."}}')
-    return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise LineError(f"the key {twice!r} is there twice; give each key once")
-    return result
-
-
-def _finite(text: str) -> float:
-    """JSON has no NaN and no infinity; Python reads them all the same, and a record could not repeat them."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise LineError(f"{text} is not a finite number; correct it")
-    return value
-
-
-def _kind(value: object) -> str:
-    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -7,16 +7,15 @@ Each record carries its line's number and digest, so that a job can be resumed f
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxinfer.batchjob.requests import Failure, Work
+from jaxinfer.openai.answers import chat_logprobs, completion_logprobs, finite, token_text, usage
 from jaxinfer.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 
 _RECORD_ID = re.compile(r"batch_req_(\d+)_([0-9a-f]+)")
-_LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for a token that could not have been chosen
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
@@ -118,7 +117,7 @@ def _plain_metrics(metrics: RequestMetrics) -> dict[str, Any]:
 
 def _entries(at: Mapping[int, Logprob]) -> list[dict[str, Any]]:
     return [
-        {"token_id": token_id, "token": _text(token_id, entry), "logprob": _finite(entry), "rank": entry.rank}
+        {"token_id": token_id, "token": token_text(token_id, entry), "logprob": finite(entry), "rank": entry.rank}
         for token_id, entry in at.items()
     ]
 
@@ -134,69 +133,26 @@ def _batch_response(item: Work | Failure, status_code: int, body: dict[str, Any]
 
 
 def _completion_choice(index: int, completion: CompletionOutput) -> dict[str, Any]:
-    logprobs = None
-    if completion.logprobs is not None:
-        chosen = list(zip(completion.token_ids, completion.logprobs, strict=True))
-        tokens = [_text(token_id, at[token_id]) for token_id, at in chosen]
-        starts = [0]
-        for token in tokens:
-            starts.append(starts[-1] + len(token))
-        logprobs = {
-            "tokens": tokens,
-            "token_logprobs": [_finite(at[token_id]) for token_id, at in chosen],
-            "top_logprobs": [{_text(i, entry): _finite(entry) for i, entry in at.items()} for _, at in chosen],
-            "text_offset": starts[:-1],
-        }
     return {
         "index": index,
         "text": completion.text,
-        "logprobs": logprobs,
+        "logprobs": completion_logprobs(completion.token_ids, completion.logprobs),
         "finish_reason": completion.finish_reason,
     }
 
 
 def _chat_choice(index: int, completion: CompletionOutput, num_top: int) -> dict[str, Any]:
-    logprobs = None
-    if completion.logprobs is not None:
-        content = []
-        for token_id, at in zip(completion.token_ids, completion.logprobs, strict=True):
-            # The chosen token's entry is always there; among the top ones it is only if it is one of them.
-            best = sorted((item for item in at.items() if (item[1].rank or 0) <= num_top), key=_rank)
-            top = [_chat_logprob(i, entry) for i, entry in best]
-            content.append({**_chat_logprob(token_id, at[token_id]), "top_logprobs": top})
-        logprobs = {"content": content, "refusal": None}
     return {
         "index": index,
         "message": {"role": "assistant", "content": completion.text, "refusal": None},
-        "logprobs": logprobs,
+        "logprobs": chat_logprobs(completion.token_ids, completion.logprobs, num_top),
         "finish_reason": completion.finish_reason,
     }
 
 
-def _chat_logprob(token_id: int, entry: Logprob) -> dict[str, Any]:
-    token = _text(token_id, entry)
-    return {"token": token, "logprob": _finite(entry), "bytes": list(token.encode("utf-8"))}
-
-
-def _rank(item: tuple[int, Logprob]) -> int:
-    return item[1].rank or 0
-
-
 def _usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    completion = sum(len(part.token_ids) for output in outputs for part in output.outputs)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(output.metrics.num_cached_tokens for output in outputs)},
-    }
-
-
-def _text(token_id: int, entry: Logprob) -> str:
-    """A token's text; a model without a tokenizer has none."""
-    return f"token_id:{token_id}" if entry.decoded_token is None else entry.decoded_token
-
-
-def _finite(entry: Logprob) -> float:
-    return entry.logprob if math.isfinite(entry.logprob) else _LOWEST_LOGPROB
+    return usage(
+        num_prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
+        num_completion_tokens=sum(len(part.token_ids) for output in outputs for part in output.outputs),
+        num_cached_tokens=sum(output.metrics.num_cached_tokens for output in outputs),
+    )

@@ -21,6 +21,7 @@ class EngineStats:
     num_queried_prompt_tokens  prompt tokens looked up in the prefix cache, of which num_cached_prompt_tokens were in it
     num_programs_compiled      by XLA, in compile_seconds; num_programs_loaded were ready in the compilation cache
     kv_usage                   part of the KV cache's pages in use now; kv_usage_peak the most at any step
+    prefill_time               of a request, from its first step to its first token; decode_time from there to its end
     inter_token_latency        between two tokens of one completion; step_prefill_tokens and step_decode_tokens count
                                the tokens of one step, where it had any
     step_host_time             the part of a step in which the device had nothing to do but wait for the host
@@ -45,7 +46,11 @@ class EngineStats:
     queue_time: DistributionStats = _NOTHING_SEEN
     time_to_first_token: DistributionStats = _NOTHING_SEEN
     inter_token_latency: DistributionStats = _NOTHING_SEEN
+    prefill_time: DistributionStats = _NOTHING_SEEN
+    decode_time: DistributionStats = _NOTHING_SEEN
     end_to_end_time: DistributionStats = _NOTHING_SEEN
+    request_prompt_tokens: DistributionStats = _NOTHING_SEEN
+    request_output_tokens: DistributionStats = _NOTHING_SEEN
     step_time: DistributionStats = _NOTHING_SEEN
     step_host_time: DistributionStats = _NOTHING_SEEN
     step_prefill_tokens: DistributionStats = _NOTHING_SEEN
@@ -71,7 +76,11 @@ class EngineMetrics:
         self._queue_time = Distribution()
         self._first_token = Distribution()
         self._inter_token = Distribution()
+        self._prefill_time = Distribution()
+        self._decode_time = Distribution()
         self._end_to_end = Distribution()
+        self._request_prompt_tokens = Distribution()
+        self._request_output_tokens = Distribution()
         self._step_time = Distribution()
         self._host_time = Distribution()
         self._prefill_tokens = Distribution()
@@ -81,6 +90,7 @@ class EngineMetrics:
         with self._lock:
             self._requests += 1
             self._prompt_tokens += num_prompt_tokens
+            self._request_prompt_tokens.add(num_prompt_tokens)
 
     def request_scheduled(self, queue_time: float, num_queried_tokens: int = 0, num_cached_tokens: int = 0) -> None:
         """A request left the queue for the first time, with this much of its prompt found in the prefix cache."""
@@ -99,11 +109,26 @@ class EngineMetrics:
             self._output_tokens += num_tokens
             self._inter_token.extend(latencies)
 
-    def request_finished(self, reason: str, end_to_end_time: float | None = None) -> None:
+    def request_finished(
+        self,
+        reason: str,
+        end_to_end_time: float | None = None,
+        *,
+        prefill_time: float | None = None,
+        decode_time: float | None = None,
+        num_output_tokens: int = 0,
+    ) -> None:
+        """A request is over; times that it has none of, because it was never that far, are None."""
         with self._lock:
             self._finished[reason] = self._finished.get(reason, 0) + 1
-            if end_to_end_time is not None:
-                self._end_to_end.add(end_to_end_time)
+            self._request_output_tokens.add(num_output_tokens)
+            for distribution, seconds in (
+                (self._prefill_time, prefill_time),
+                (self._decode_time, decode_time),
+                (self._end_to_end, end_to_end_time),
+            ):
+                if seconds is not None:
+                    distribution.add(seconds)
 
     def preempted(self, num_requests: int = 1) -> None:
         with self._lock:
@@ -145,7 +170,8 @@ class EngineMetrics:
             self._running, self._waiting, self._kv_usage = num_running, num_waiting, kv_usage
             self._kv_usage_peak = max(self._kv_usage_peak, kv_usage)
 
-    def snapshot(self) -> EngineStats:
+    def snapshot(self, *, exact: bool = True) -> EngineStats:
+        """exact=False: percentiles from histograms, so that asking does not hold the engine up."""
         with self._lock:
             return EngineStats(
                 num_requests=self._requests,
@@ -164,12 +190,16 @@ class EngineMetrics:
                 kv_usage=self._kv_usage,
                 kv_usage_peak=self._kv_usage_peak,
                 kv_cache_bytes=self.kv_cache_bytes,
-                queue_time=self._queue_time.stats(),
-                time_to_first_token=self._first_token.stats(),
-                inter_token_latency=self._inter_token.stats(),
-                end_to_end_time=self._end_to_end.stats(),
-                step_time=self._step_time.stats(),
-                step_host_time=self._host_time.stats(),
-                step_prefill_tokens=self._prefill_tokens.stats(),
-                step_decode_tokens=self._decode_tokens.stats(),
+                queue_time=self._queue_time.stats(exact=exact),
+                time_to_first_token=self._first_token.stats(exact=exact),
+                inter_token_latency=self._inter_token.stats(exact=exact),
+                prefill_time=self._prefill_time.stats(exact=exact),
+                decode_time=self._decode_time.stats(exact=exact),
+                end_to_end_time=self._end_to_end.stats(exact=exact),
+                request_prompt_tokens=self._request_prompt_tokens.stats(exact=exact),
+                request_output_tokens=self._request_output_tokens.stats(exact=exact),
+                step_time=self._step_time.stats(exact=exact),
+                step_host_time=self._host_time.stats(exact=exact),
+                step_prefill_tokens=self._prefill_tokens.stats(exact=exact),
+                step_decode_tokens=self._decode_tokens.stats(exact=exact),
             )

@@ -17,7 +17,7 @@ class ServerProcess:
     def __init__(self, *flags: str) -> None:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAXINFER_"))}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.serving.process", "--port", "0", *flags],
+            [sys.executable, "-m", "tests.serving.process", "--port", "0", "--http-port", "0", *flags],
             cwd=ROOT,
             env={**inherited, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"},
             stderr=subprocess.PIPE,

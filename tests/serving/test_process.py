@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 
 from serving.client import Client, Generation
@@ -53,6 +55,27 @@ def test_sigterm_drains_and_a_second_ends_at_once(flags: list[str]) -> None:
             assert time.monotonic() - started < 5
             with pytest.raises(grpc.RpcError):
                 list(stream)
+
+
+def test_sigterm_drains_http_too(flags: list[str]) -> None:
+    with ServerProcess(*flags, "--log-format", "json") as server:
+        port = server.wait_for(r"is ready on port \d+, HTTP on port (\d+)")[1]
+        body = {"prompt": "a" * 20, "max_tokens": 400, "ignore_eos": True, "stream": True, "request_id": "mine"}
+        with httpx.Client(base_url=f"http://localhost:{port}", timeout=60) as client:
+            assert client.get("/health").status_code == 200
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                server.process.send_signal(signal.SIGTERM)
+                server.wait_for("draining")
+                assert client.get("/health").status_code == 503
+                assert client.post("/v1/completions", json={"prompt": "b"}).status_code == 503
+                rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]"
+            assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+        assert server.end() == 0, server.lines
+        (line,) = [found for found in map(json.loads, server.lines) if found["message"] == "request"]
+        assert (line["request_id"], line["completion_tokens"], line["finish"]) == ("mine", 400, "length")
 
 
 def test_a_model_that_is_none_is_one_line(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP formats, for the batch job and the server: request bodies in, answers out. Imports no jax."""
