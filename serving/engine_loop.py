@@ -36,10 +36,16 @@ class RequestStream:
     """One request's answer on its way to its reader; for the event loop only. Use as an async context manager.
 
     Leaving the context before the end aborts the request. max_unread_tokens: more than this unread aborts it too.
+    name: the request's in the words of its client, not of the engine; several may have one.
     """
 
-    def __init__(self, request: Request, ticket: Ticket, max_unread_tokens: int | None, engine: EngineLoop) -> None:
+    def __init__(
+        self, request: Request, ticket: Ticket, max_unread_tokens: int | None, engine: EngineLoop, name: str
+    ) -> None:
         self.request = request
+        self.name = name
+        self.is_running = False
+        self.num_tokens = 0  # of all its completions so far
         self._ticket = ticket
         self._max_unread_tokens = max_unread_tokens
         self._engine = engine
@@ -75,9 +81,11 @@ class RequestStream:
     # Called on the event loop with what the engine's thread sent.
 
     def started(self, _: None) -> None:
+        self.is_running = True
         self._ticket.started()
 
     def give(self, delta: Delta) -> None:
+        self.num_tokens += delta.num_tokens
         if self._unread is None:
             self._unread = delta
         else:

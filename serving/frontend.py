@@ -42,7 +42,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request as a protocol understood it. queue_time_limit in seconds; arrival_time on time.monotonic()."""
+    """A request as a protocol understood it. queue_time_limit in seconds; arrival_time on time.monotonic().
+
+    request_id: the client's own name for it, which need not be the only one; "" where it gave none.
+    """
 
     prompt: str | tuple[int, ...] | Conversation
     sampling_params: SamplingParams
@@ -51,6 +54,7 @@ class Ask:
     priority: int = 0
     queue_time_limit: float | None = None
     cache_salt: str = ""
+    request_id: str = ""
 
 
 class Frontend:
@@ -149,7 +153,8 @@ class Frontend:
             arrival_time=ask.arrival_time,
             cache_salt=ask.cache_salt,
         )
-        stream = RequestStream(request, ticket, self.limits.max_unread_tokens if is_streamed else None, self.engine)
+        max_unread = self.limits.max_unread_tokens if is_streamed else None
+        stream = RequestStream(request, ticket, max_unread, self.engine, ask.request_id or request.request_id)
         self.engine.submit(stream, ask.queue_time_limit)
         return stream
 

@@ -12,9 +12,11 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from serving.frontend import Frontend
-from serving.generated import inference_pb2_grpc, models_pb2_grpc
+from serving.generated import inference_pb2_grpc, models_pb2_grpc, open_inference_pb2_grpc
 from serving.grpc_service import SERVICES, Inference, Models
 from serving.health import Health
+from serving.open_inference import SERVICE as OPEN_INFERENCE
+from serving.open_inference import OpenInference
 from serving.security import TlsFiles, TokenCheck, Tokens
 from serving.settings import Limits
 
@@ -47,7 +49,7 @@ class Server:
     def __init__(self, config: ServerConfig, open_engine: Callable[[], Engine]) -> None:
         self.config = config
         self.frontend = Frontend(open_engine, config.name, config.limits)
-        self.health = Health(*SERVICES)
+        self.health = Health(*SERVICES, OPEN_INFERENCE)
         self.frontend.on_health.append(self._on_health)
         self.port = 0
         size = config.limits.max_message_bytes
@@ -65,6 +67,7 @@ class Server:
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.frontend), self._grpc)
         models_pb2_grpc.add_ModelsServicer_to_server(Models(self.frontend), self._grpc)
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInference(self.frontend), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
 
     async def listen(self) -> None:

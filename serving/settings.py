@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
@@ -61,3 +62,11 @@ class ModelFacts:
     vocab_size: int
     dtype: str
     eos_token_ids: tuple[int, ...]
+
+
+def package_version() -> str:
+    """jaxinfer's, or where it runs from its sources without being installed, so much."""
+    try:
+        return version("jaxinfer")
+    except PackageNotFoundError:
+        return "not installed"
