@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxinfer.types import Request, RequestOutput, SamplingParams
 from serving.admission import Ticket
@@ -27,9 +27,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 # A device that fails so many steps in a row is gone; the process ends, and whoever started it can start another.
 MAX_FAILURES = 3
 _PROBE = "probe"
+
+
+class StepTimeout(Exception):
+    """The device hangs, and with it the thread that waits for it."""
 
 
 class RequestStream:
@@ -130,7 +136,8 @@ class EngineLoop:
     """Starts the engine's thread and speaks with it. Every public method belongs to the event loop.
 
     open_engine: called in the thread. on_health: False when a step failed, True when one has succeeded after that.
-    on_death: the thread has ended of itself, and every stream with it.
+    on_death: the thread has ended of itself, or hangs, and every stream with it. step_timeout: seconds in which a step
+    must return, once the engine is warm.
     """
 
     def __init__(
@@ -138,19 +145,25 @@ class EngineLoop:
         open_engine: Callable[[], Engine],
         on_health: Callable[[bool], None],
         on_death: Callable[[BaseException], None],
+        step_timeout: float,
     ) -> None:
         self._open_engine = open_engine
         self._on_health = on_health
         self._on_death = on_death
+        self._step_timeout = step_timeout
         self._streams: dict[str, RequestStream] = {}
         self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._dead: BaseException | None = None
+        self._calls: set[asyncio.Future[Any]] = set()
+        self._watch: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self._outbox_lock = threading.Lock()
         self._outbox: list[tuple[Callable[[Any], None], Any]] = []
-        # The thread's own:
+        # The thread's own; others read the first two:
+        self._num_begun = 0  # steps and commands
+        self._is_busy = False
         self._jobs: dict[str, _Job] = {}
         self._num_failures = 0
         self._is_unproven = False
@@ -162,16 +175,56 @@ class EngineLoop:
         opened: asyncio.Future[Engine] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name="engine", daemon=True)
         self._thread.start()
-        return await opened
+        engine = await opened
+        self._watch = asyncio.create_task(self._watch_steps())
+        return engine
 
     async def stop(self) -> None:
-        """End the thread; streams that are still open are ended with UNAVAILABLE."""
+        """End the thread; what is still open is ended with UNAVAILABLE. A thread that hangs is left to itself."""
         if self._thread is None:
             return
-        self._commands.put(self._stop)
-        await self._ended.wait()
-        self._thread.join()
-        self._end_streams(RequestError("UNAVAILABLE", "the server has shut down", 1.0))
+        if not isinstance(self._dead, StepTimeout):
+            self._commands.put(self._stop)
+            await self._ended.wait()
+            self._thread.join()
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait((self._watch,))
+        self._end_all(RequestError("UNAVAILABLE", "the server has shut down", 1.0))
+
+    @property
+    def streams(self) -> list[RequestStream]:
+        """Those that are open, oldest first."""
+        return list(self._streams.values())
+
+    async def call(self, function: Callable[[Engine], _T]) -> _T:
+        """What the function gives or raises, run in the engine's thread between two steps."""
+        if self._dead is not None or self._ended.is_set():
+            raise _gone()
+        if self._watch is None:
+            raise RequestError("UNAVAILABLE", "the server is starting; try again when it is ready", 1.0)
+        answer: asyncio.Future[_T] = self._loop.create_future()
+
+        def give(value: _T) -> None:
+            if not answer.done():
+                answer.set_result(value)
+
+        def fail(error: Exception) -> None:
+            if not answer.done():
+                answer.set_exception(error)
+
+        def run(engine: Engine) -> None:
+            try:
+                value = function(engine)
+            except Exception as error:
+                self._send(fail, error)
+            else:
+                self._send(give, value)
+
+        self._calls.add(answer)
+        answer.add_done_callback(self._calls.discard)
+        self._commands.put(run)
+        return await answer
 
     def submit(self, stream: RequestStream, queue_time_limit: float | None) -> None:
         """Queue the stream's request. queue_time_limit: seconds from its arrival by which it must run."""
@@ -193,9 +246,12 @@ class EngineLoop:
     def forget(self, stream: RequestStream) -> None:
         self._streams.pop(stream.request.request_id, None)
 
-    def _end_streams(self, error: RequestError) -> None:
-        for stream in list(self._streams.values()):
+    def _end_all(self, error: RequestError) -> None:
+        for stream in self.streams:
             stream.refuse(error)
+        for answer in list(self._calls):
+            if not answer.done():
+                answer.set_exception(error)
 
     def _fetch(self) -> None:
         """Deliver what the thread has sent."""
@@ -206,8 +262,20 @@ class EngineLoop:
 
     def _died(self, error: BaseException) -> None:
         self._dead = error
-        self._end_streams(_gone())
+        self._end_all(_gone())
         self._on_death(error)
+
+    async def _watch_steps(self) -> None:
+        """Notice a step that does not return. Counted in looks, so that a process that was stopped may go on."""
+        interval = min(self._step_timeout / 8, 1.0)
+        num_looks, seen = 0, -1
+        while self._dead is None:
+            await asyncio.sleep(interval)
+            if not self._is_busy or self._num_begun != seen:
+                num_looks, seen = 0, self._num_begun
+            num_looks += 1
+            if (num_looks - 1) * interval >= self._step_timeout:
+                self._died(StepTimeout(f"no step has returned for {self._step_timeout:g} s (--step-timeout)"))
 
     # From here on, the engine's thread.
 
@@ -257,12 +325,18 @@ class EngineLoop:
         """Do what was asked for since the last step; with nothing to step, wait for something. False: stop."""
         wait = not engine.has_unfinished()
         while True:
+            self._is_busy = not wait
             try:
                 command = self._commands.get(block=wait)
             except queue.Empty:
                 return not self._stopping
+            self._begin()
             command(engine)
             wait = not self._stopping and not engine.has_unfinished() and self._commands.empty()
+
+    def _begin(self) -> None:
+        self._num_begun += 1
+        self._is_busy = True
 
     def _stop(self, engine: Engine) -> None:
         self._stopping = True
@@ -314,6 +388,7 @@ class EngineLoop:
     def _step(self, engine: Engine) -> None:
         if not engine.has_unfinished():
             return
+        self._begin()
         try:
             outputs = engine.step()
         except Exception as error:

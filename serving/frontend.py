@@ -44,7 +44,7 @@ class Conversation:
 class Ask:
     """A request as a protocol understood it. queue_time_limit in seconds; arrival_time on time.monotonic().
 
-    request_id: the client's own name for it, which need not be the only one; "" where it gave none.
+    name: what its client calls it, which others may do too; "" where it gave none.
     """
 
     prompt: str | tuple[int, ...] | Conversation
@@ -54,7 +54,7 @@ class Ask:
     priority: int = 0
     queue_time_limit: float | None = None
     cache_salt: str = ""
-    request_id: str = ""
+    name: str = ""
 
 
 class Frontend:
@@ -67,13 +67,14 @@ class Frontend:
         self.name = name
         self.limits = limits
         self.admission = Admission()
-        self.engine = EngineLoop(open_engine, self._set_health, self._died)
+        self.engine = EngineLoop(open_engine, self._set_health, self._died, limits.step_timeout)
         self.facts: ModelFacts
         self.tokenizer: Tokenizer | None = None
         self.on_health: list[Callable[[bool], None]] = []
         self.healthy = False
         self.draining = asyncio.Event()
         self.dead: asyncio.Event = asyncio.Event()
+        self.cause_of_death: BaseException | None = None
         self._numbers = itertools.count()
         # One thread: tokenizers are not made for several at once, and two cores have better things to do.
         self._executor = ThreadPoolExecutor(1, "tokenizer")
@@ -154,7 +155,7 @@ class Frontend:
             cache_salt=ask.cache_salt,
         )
         max_unread = self.limits.max_unread_tokens if is_streamed else None
-        stream = RequestStream(request, ticket, max_unread, self.engine, ask.request_id or request.request_id)
+        stream = RequestStream(request, ticket, max_unread, self.engine, ask.name or request.request_id)
         self.engine.submit(stream, ask.queue_time_limit)
         return stream
 
@@ -224,6 +225,7 @@ class Frontend:
                 tell(healthy)
 
     def _died(self, error: BaseException) -> None:
+        self.cause_of_death = error
         self.admission.close("the engine has failed")
         self._set_health(False)
         self.dead.set()

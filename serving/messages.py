@@ -71,14 +71,14 @@ def read_ask(request: pb.GenerateRequest) -> Ask:
     """What a request asks for. RequestError, naming the field, for what is wrong in itself."""
     arrival_time = time.monotonic()
     if len(request.request_id) > MAX_REQUEST_ID:
-        raise invalid(f"request_id has {len(request.request_id)} characters; use at most {MAX_REQUEST_ID}")
+        raise _invalid(f"request_id has {len(request.request_id)} characters; use at most {MAX_REQUEST_ID}")
     for message in (request, request.sampling, request.stopping, request.output):
         refuse_unknown(message)
     prompt = _prompt(request)
     try:
         params = SamplingParams(**_sampling_fields(request, is_chat=isinstance(prompt, Conversation)))
     except ValueError as error:
-        raise invalid(str(error)) from error
+        raise _invalid(str(error)) from error
     has_limit = request.HasField("queue_time_limit_ms")
     return Ask(
         prompt=prompt,
@@ -88,36 +88,32 @@ def read_ask(request: pb.GenerateRequest) -> Ask:
         priority=request.priority,
         queue_time_limit=request.queue_time_limit_ms / 1000 if has_limit else None,
         cache_salt=request.cache_salt,
-        request_id=request.request_id,
+        name=request.request_id,
     )
-
-
-def invalid(message: str) -> RequestError:
-    return RequestError("INVALID_ARGUMENT", message)
 
 
 def refuse_unknown(message: Message) -> None:
     """A newer client's field would be dropped in silence, and the answer would not be what it asked for."""
     for unknown in UnknownFieldSet(message):
-        raise invalid(f"field number {unknown.field_number} of {message.DESCRIPTOR.name} is not known to this server")
+        raise _invalid(f"field number {unknown.field_number} of {message.DESCRIPTOR.name} is not known to this server")
 
 
 def read_chat(chat: pb.Chat) -> Conversation:
     """RequestError for a message without a role and for arguments that are not variables of the template."""
     refuse_unknown(chat)
     if not chat.messages:
-        raise invalid("chat.messages is empty; give at least one message")
+        raise _invalid("chat.messages is empty; give at least one message")
     messages = []
     for index, message in enumerate(chat.messages):
         refuse_unknown(message)
         if not message.role:
-            raise invalid(f"chat.messages[{index}].role is missing; write user, say")
+            raise _invalid(f"chat.messages[{index}].role is missing; write user, say")
         own = {"role": message.role, "content": message.content}
         messages.append({**own, "name": message.name} if message.HasField("name") else own)
     arguments = MessageToDict(chat.template_arguments)
     for name in arguments:
         if name in _NOT_VARIABLES or name.startswith("_"):
-            raise invalid(f"chat.template_arguments: {name!r} is no variable of the model's template; leave it out")
+            raise _invalid(f"chat.template_arguments: {name!r} is no variable of the model's template; leave it out")
     arguments |= _given(chat, ("add_generation_prompt", "continue_final_message"))
     return Conversation(tuple(messages), arguments)
 
@@ -187,15 +183,15 @@ def _prompt(request: pb.GenerateRequest) -> str | tuple[int, ...] | Conversation
     kind = request.WhichOneof("prompt")
     if kind == "text":
         if not request.text:
-            raise invalid("text is empty; give at least one character")
+            raise _invalid("text is empty; give at least one character")
         return request.text
     if kind == "token_ids":
         if not request.token_ids.ids:
-            raise invalid("token_ids is empty; give at least one token")
+            raise _invalid("token_ids is empty; give at least one token")
         return tuple(request.token_ids.ids)
     if kind == "chat":
         return read_chat(request.chat)
-    raise invalid("the prompt is missing; set text, token_ids or chat")
+    raise _invalid("the prompt is missing; set text, token_ids or chat")
 
 
 def _sampling_fields(request: pb.GenerateRequest, is_chat: bool) -> dict[str, Any]:
@@ -255,3 +251,7 @@ def _timings(end: End) -> pb.Timings:
         total=end.total_time,
         num_preemptions=end.num_preemptions,
     )
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError("INVALID_ARGUMENT", message)

@@ -25,7 +25,7 @@ from serving.errors import RequestError
 from serving.frontend import Ask
 from serving.generated import open_inference_pb2 as pb
 from serving.generated import open_inference_pb2_grpc
-from serving.messages import MAX_REQUEST_ID, invalid, refuse_unknown, sendable
+from serving.messages import MAX_REQUEST_ID, refuse_unknown, sendable
 from serving.settings import package_version
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class OpenInference(Service, open_inference_pb2_grpc.GRPCInferenceServiceService
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         question = self._read(request)
         if question.is_streamed:
-            raise invalid("stream is true, and ModelInfer has one answer; use ModelStreamInfer")
+            raise _invalid("stream is true, and ModelInfer has one answer; use ModelStreamInfer")
         async with aclosing(self._answers(request, question)) as answers:
             return await anext(answers)
 
@@ -172,30 +172,30 @@ class OpenInference(Service, open_inference_pb2_grpc.GRPCInferenceServiceService
         self._check_model(request.model_name, request.model_version)
         refuse_unknown(request)
         if len(request.id) > MAX_REQUEST_ID:
-            raise invalid(f"id has {len(request.id)} characters; use at most {MAX_REQUEST_ID}")
+            raise _invalid(f"id has {len(request.id)} characters; use at most {MAX_REQUEST_ID}")
         inputs = _read_inputs(request)
         if "text_input" not in inputs:
-            raise invalid("text_input is missing; give a BYTES tensor of shape [1]")
+            raise _invalid("text_input is missing; give a BYTES tensor of shape [1]")
         is_streamed = bool(inputs.get("stream", False))
         is_prefixed = not inputs.get("exclude_input_in_output", is_streamed)
         if is_prefixed and is_streamed:
-            raise invalid("exclude_input_in_output is false with stream true; leave it out, or stream false")
+            raise _invalid("exclude_input_in_output is false with stream true; leave it out, or stream false")
         parameters, timeout = _read_parameters(request)
         sampling = {**_read_json(inputs), **_no_twice(inputs, parameters)}
         try:
             sampling_params = SamplingParams(**{name: _number(name, value) for name, value in sampling.items()})
         except ValueError as error:
-            raise invalid(str(error)) from error
+            raise _invalid(str(error)) from error
         for name in ("return_logprobs", "return_cumulative_logprob"):
             if inputs.get(name) and sampling_params.logprobs is None:
-                raise invalid(f"{name} is true, but the sampling parameter logprobs is unset; set it to 0 or more")
+                raise _invalid(f"{name} is true, but the sampling parameter logprobs is unset; set it to 0 or more")
         ask = Ask(
             prompt=inputs["text_input"],
             sampling_params=sampling_params,
             arrival_time=arrival_time,
             model=request.model_name,
             queue_time_limit=timeout,
-            request_id=request.id,
+            name=request.id,
         )
         produced = [name for name in _OUTPUTS if name == "text_output" or inputs.get(f"return_{name}")]
         prefix = inputs["text_input"] if is_prefixed else ""
@@ -206,7 +206,7 @@ def _read_inputs(request: pb.ModelInferRequest) -> dict[str, Any]:
     """The value of each input: text of a BYTES tensor, truth of a BOOL tensor."""
     is_raw = bool(request.raw_input_contents)
     if is_raw and len(request.raw_input_contents) != len(request.inputs):
-        raise invalid(
+        raise _invalid(
             f"raw_input_contents has {len(request.raw_input_contents)} entries for {len(request.inputs)} inputs; "
             f"give one for each, or none"
         )
@@ -215,18 +215,18 @@ def _read_inputs(request: pb.ModelInferRequest) -> dict[str, Any]:
         name = tensor.name
         refuse_unknown(tensor)
         if name not in _INPUTS:
-            raise invalid(f"input {name[:100]!r} is not honoured here; use {', '.join(_INPUTS)}")
+            raise _invalid(f"input {name[:100]!r} is not honoured here; use {', '.join(_INPUTS)}")
         if name in values:
-            raise invalid(f"input {name!r} is there twice; give it once")
+            raise _invalid(f"input {name!r} is there twice; give it once")
         if tensor.datatype != _INPUTS[name] or list(tensor.shape) != [1]:
-            raise invalid(
+            raise _invalid(
                 f"input {name!r} is {tensor.datatype[:20]} of shape {list(tensor.shape)[:8]}; make it "
                 f"{_INPUTS[name]} of shape [1]"
             )
         for parameter in tensor.parameters:
-            raise invalid(f"parameter {parameter[:100]!r} of input {name!r} is not honoured here; leave it out")
+            raise _invalid(f"parameter {parameter[:100]!r} of input {name!r} is not honoured here; leave it out")
         if is_raw and tensor.HasField("contents"):
-            raise invalid(f"input {name!r} has both raw_input_contents and contents; give one of them")
+            raise _invalid(f"input {name!r} has both raw_input_contents and contents; give one of them")
         element = _raw_element(name, request.raw_input_contents[index]) if is_raw else _typed_element(tensor)
         values[name] = _text(name, element) if isinstance(element, bytes) else element
     return values
@@ -236,10 +236,10 @@ def _raw_element(name: str, raw: bytes) -> bytes | bool:
     """The only element of a tensor's bytes: a length of 4 bytes, little-endian, and so many; or one byte of truth."""
     if _INPUTS[name] == "BOOL":
         if raw not in (b"\0", b"\1"):
-            raise invalid(f"input {name!r} is BOOL and has {len(raw)} raw bytes; give one byte, 0 or 1")
+            raise _invalid(f"input {name!r} is BOOL and has {len(raw)} raw bytes; give one byte, 0 or 1")
         return raw == b"\1"
     if len(raw) < 4 or len(raw) - 4 != struct.unpack_from("<I", raw)[0]:
-        raise invalid(f"input {name!r} is BYTES, and its raw contents are not a length and so many bytes")
+        raise _invalid(f"input {name!r} is BYTES, and its raw contents are not a length and so many bytes")
     return raw[4:]
 
 
@@ -249,7 +249,7 @@ def _typed_element(tensor: pb.ModelInferRequest.InferInputTensor) -> bytes | boo
     given = [field.name for field, _ in tensor.contents.ListFields()]
     elements = getattr(tensor.contents, kind)
     if given != [kind] or len(elements) != 1:
-        raise invalid(f"input {tensor.name!r} must have one element in {kind}, or in raw_input_contents")
+        raise _invalid(f"input {tensor.name!r} must have one element in {kind}, or in raw_input_contents")
     return elements[0]
 
 
@@ -257,7 +257,7 @@ def _text(name: str, raw: bytes) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise invalid(f"input {name!r} is no UTF-8: {error.reason} at byte {error.start}") from error
+        raise _invalid(f"input {name!r} is no UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def _read_parameters(request: pb.ModelInferRequest) -> tuple[dict[str, Any], float | None]:
@@ -269,16 +269,16 @@ def _read_parameters(request: pb.ModelInferRequest) -> tuple[dict[str, Any], flo
         value = None if kind is None else getattr(parameter, kind)
         if name == "triton_enable_empty_final_response":
             if kind != "bool_param":
-                raise invalid(f"parameter {name} must be a bool_param")
+                raise _invalid(f"parameter {name} must be a bool_param")
             # Honoured either way: the last answer is marked, and none is empty for the mark's sake.
         elif name == "timeout":
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise invalid("parameter timeout must be a number of microseconds, 0 or more")
+                raise _invalid("parameter timeout must be a number of microseconds, 0 or more")
             timeout = value / 1e6 if value else None
         elif name in _SAMPLING:
             sampling[name] = value
         else:
-            raise invalid(f"parameter {name[:100]!r} is not honoured here; leave it out")
+            raise _invalid(f"parameter {name[:100]!r} is not honoured here; leave it out")
     return sampling, timeout
 
 
@@ -289,12 +289,12 @@ def _read_json(inputs: Mapping[str, Any]) -> dict[str, Any]:
     try:
         given = json.loads(inputs["sampling_parameters"])
     except (ValueError, RecursionError) as error:
-        raise invalid(f"sampling_parameters is no JSON: {error}") from error
+        raise _invalid(f"sampling_parameters is no JSON: {error}") from error
     if not isinstance(given, dict):
-        raise invalid('sampling_parameters must be a JSON object, such as {"max_tokens": 16}')
+        raise _invalid('sampling_parameters must be a JSON object, such as {"max_tokens": 16}')
     for name in given:
         if name not in _SAMPLING:
-            raise invalid(
+            raise _invalid(
                 f"sampling_parameters: {name[:100]!r} is not honoured here; use {', '.join(sorted(_SAMPLING))}"
             )
     return given
@@ -303,7 +303,7 @@ def _read_json(inputs: Mapping[str, Any]) -> dict[str, Any]:
 def _no_twice(inputs: Mapping[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
     if parameters and "sampling_parameters" in inputs:
         name = next(iter(parameters))
-        raise invalid(f"parameter {name!r} is given beside the input sampling_parameters; put all into one of them")
+        raise _invalid(f"parameter {name!r} is given beside the input sampling_parameters; put all into one of them")
     return parameters
 
 
@@ -327,12 +327,14 @@ def _chosen_outputs(request: pb.ModelInferRequest, produced: list[str]) -> tuple
         refuse_unknown(output)
         if output.name not in produced:
             hint = f"set input return_{output.name}" if output.name in _OUTPUTS else f"use {', '.join(_OUTPUTS)}"
-            raise invalid(f"output {output.name[:100]!r} is not produced by this request; {hint}")
+            raise _invalid(f"output {output.name[:100]!r} is not produced by this request; {hint}")
         for parameter in output.parameters:
-            raise invalid(f"parameter {parameter[:100]!r} of output {output.name!r} is not honoured here; leave it out")
+            raise _invalid(
+                f"parameter {parameter[:100]!r} of output {output.name!r} is not honoured here; leave it out"
+            )
     names = [output.name for output in request.outputs]
     if len(set(names)) < len(names):
-        raise invalid(f"outputs {names} name one twice; name each once")
+        raise _invalid(f"outputs {names} name one twice; name each once")
     return tuple(names or produced)
 
 
@@ -374,3 +376,7 @@ def _failure(request: pb.ModelInferRequest, error: RequestError) -> pb.ModelStre
     message.infer_response.id = request.id
     message.infer_response.parameters["triton_final_response"].bool_param = True
     return message
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError("INVALID_ARGUMENT", message)

@@ -24,6 +24,7 @@ class Limits:
     max_unread_tokens    tokens of one stream that its reader has not taken
     stall_seconds        how long a reader may leave a message unread
     max_message_bytes    size of one message from a client
+    step_timeout         how long a step of the warm engine may take before it is taken to hang
     """
 
     max_queued_requests: int | None = None
@@ -33,6 +34,7 @@ class Limits:
     max_unread_tokens: int = 16384
     stall_seconds: float = 30.0
     max_message_bytes: int = 16 * 2**20
+    step_timeout: float = 120.0
 
     def __post_init__(self) -> None:
         """ValueError naming the flag, the value and the limit."""
@@ -47,8 +49,10 @@ class Limits:
             value = getattr(self, name)
             if value is not None and not low <= value <= 2**31 - 1:
                 raise ValueError(f"{name}={value} is out of range; use a value in [{low}, {2**31 - 1}]")
-        if not (math.isfinite(self.stall_seconds) and self.stall_seconds > 0):
-            raise ValueError(f"stall_seconds={self.stall_seconds} must be a number above 0")
+        for name in ("stall_seconds", "step_timeout"):
+            seconds = getattr(self, name)
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise ValueError(f"{name}={seconds} must be a number above 0")
 
 
 @dataclass(frozen=True)

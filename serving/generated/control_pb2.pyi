@@ -1,4 +1,4 @@
-# Made by scripts/generate_protos.py from protos/jaxinfer/v1/control.proto, sha256 a03af724f453ff195069574f945cf2715d99c44920cac93fa28674c00d6a0f59
+# Made by scripts/generate_protos.py from protos/jaxinfer/v1/control.proto, sha256 e37073bca1ae4326903776564a406532ea329482113ba9c905a012375e0edf76
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -12,7 +12,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "model", "jax_version", "devices", "uptime_seconds", "healthy", "plan", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_cache_tokens", "kv_cache_bytes", "num_running", "num_waiting", "num_accepted", "checkpoint")
+    __slots__ = ("version", "model", "jax_version", "devices", "uptime_seconds", "healthy", "plan", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "kv_cache_usage", "num_running", "num_waiting", "num_requests", "num_compilations", "checkpoint")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     JAX_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -23,11 +23,12 @@ class ServerInfo(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    NUM_CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_USAGE_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
-    NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPILATIONS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
@@ -39,13 +40,14 @@ class ServerInfo(_message.Message):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    num_cache_tokens: int
     kv_cache_bytes: int
+    kv_cache_usage: float
     num_running: int
     num_waiting: int
-    num_accepted: int
+    num_requests: int
+    num_compilations: int
     checkpoint: str
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., jax_version: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., uptime_seconds: _Optional[float] = ..., healthy: _Optional[bool] = ..., plan: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., num_cache_tokens: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_accepted: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., jax_version: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., uptime_seconds: _Optional[float] = ..., healthy: _Optional[bool] = ..., plan: _Optional[str] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_usage: _Optional[float] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_requests: _Optional[int] = ..., num_compilations: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...
 
 class ListRequestsRequest(_message.Message):
     __slots__ = ()
