@@ -14,6 +14,7 @@ from contextlib import aclosing, suppress
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc.aio import EOF  # pyright: ignore[reportAttributeAccessIssue]
 
 from serving.engine_loop import stalled
@@ -45,7 +46,7 @@ class Service:
         """Answer the requests of one call, each by `answers(number, request)`, whose messages are sent as they come.
 
         At most max_items_in_flight are worked on at a time; the client's sends wait otherwise. `answers` raises
-        nothing. RequestError where the server shuts down before the client has sent everything.
+        nothing. RequestError where the server shuts down before the client has sent everything, or a message is none.
         """
         # Short: while it is full, the items' own streams merge what comes.
         out: asyncio.Queue[Any] = asyncio.Queue(16)
@@ -72,7 +73,7 @@ class Service:
                 places.release()
 
         draining = asyncio.create_task(self.frontend.draining.wait())
-        drained = False
+        refusal = None
         try:
             async with asyncio.TaskGroup() as items:
                 for number in itertools.count():
@@ -80,11 +81,16 @@ class Service:
                     coming = asyncio.create_task(context.read())
                     try:
                         await asyncio.wait((coming, draining), return_when=asyncio.FIRST_COMPLETED)
-                        if drained := not coming.done():
+                        if not coming.done():
+                            refusal = _shutting_down()
                             break
                     finally:
                         coming.cancel()
-                    message = coming.result()
+                    try:
+                        message = coming.result()
+                    except DecodeError as error:
+                        refusal = RequestError("INVALID_ARGUMENT", f"message {number} cannot be read: {error}")
+                        break
                     if message is EOF:
                         break
                     items.create_task(work(number, message))
@@ -94,8 +100,38 @@ class Service:
         finally:
             draining.cancel()
         await out.put(None)
-        if drained:
-            raise RequestError("UNAVAILABLE", "the server is shutting down; send what has no status elsewhere", 1.0)
+        if refusal is not None:
+            raise refusal
+
+
+def _shutting_down() -> RequestError:
+    return RequestError("UNAVAILABLE", "the server is shutting down; send what has no status elsewhere", 1.0)
+
+
+class MessageCheck(grpc.aio.ServerInterceptor):
+    """INVALID_ARGUMENT for a call's only message if it is none of this protocol; gRPC itself would say INTERNAL."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Called by gRPC before each call."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        make, answer = grpc.unary_unary_rpc_method_handler, handler.unary_unary
+        if handler.response_streaming:
+            make, answer = grpc.unary_stream_rpc_method_handler, handler.unary_stream
+
+        async def checked(raw: bytes, context: Context) -> Any:
+            try:
+                request = handler.request_deserializer(raw)
+            except DecodeError as error:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be read: {error}")
+            return await answer(request, context)
+
+        return make(checked, request_deserializer=None, response_serializer=handler.response_serializer)
 
 
 def answered(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -93,7 +93,7 @@ class Control(Service, control_pb2_grpc.ControlServicer):
     @answered
     async def ListRequests(self, request: pb.ListRequestsRequest, context: Context) -> pb.ListRequestsResponse:
         refuse_unknown(request)
-        now = time.monotonic()
+        now, num_tokens = time.monotonic(), await self.frontend.engine.num_tokens()
         return pb.ListRequestsResponse(
             requests=[
                 pb.RequestInfo(
@@ -101,7 +101,7 @@ class Control(Service, control_pb2_grpc.ControlServicer):
                     running=stream.is_running,
                     age_seconds=now - stream.request.arrival_time,
                     prompt_tokens=len(stream.request.prompt_token_ids),
-                    completion_tokens=stream.num_tokens,
+                    completion_tokens=num_tokens.get(stream.request.request_id, 0),
                     n=stream.request.sampling_params.n,
                     priority=stream.request.priority,
                 )

@@ -21,6 +21,7 @@ from jaxinfer.types import Request, RequestOutput, SamplingParams
 from serving.admission import Ticket
 from serving.deltas import Delta, DeltaMaker
 from serving.errors import RequestError
+from serving.settings import Limits
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
@@ -31,6 +32,9 @@ _T = TypeVar("_T")
 
 # A device that fails so many steps in a row is gone; the process ends, and whoever started it can start another.
 MAX_FAILURES = 3
+# A message costs about as much as a small model's token does, so what comes within a pause goes out as one. The pause
+# grows with the number of requests up to Limits.stream_pause; a first token never waits, nor does one that is alone.
+PAUSE_PER_REQUEST = 0.003
 _PROBE = "probe"
 
 
@@ -41,7 +45,8 @@ class StepTimeout(Exception):
 class RequestStream:
     """One request's answer on its way to its reader; for the event loop only. Use as an async context manager.
 
-    Leaving the context before the end aborts the request. max_unread_tokens: more than this unread aborts it too.
+    Leaving the context before the end aborts the request. max_unread_tokens: more than this unread aborts it too; None
+    is a reader who wants everything at once.
     name: the request's in the words of its client, not of the engine; several may have one.
     """
 
@@ -51,7 +56,6 @@ class RequestStream:
         self.request = request
         self.name = name
         self.is_running = False
-        self.num_tokens = 0  # of all its completions so far
         self._ticket = ticket
         self._max_unread_tokens = max_unread_tokens
         self._engine = engine
@@ -60,6 +64,11 @@ class RequestStream:
         self._reason: RequestError | None = None
         self._arrived = asyncio.Event()
         self._over = False
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether its reader is given what there is as it comes, and not only at the end."""
+        return self._max_unread_tokens is not None
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -91,7 +100,6 @@ class RequestStream:
         self._ticket.started()
 
     def give(self, delta: Delta) -> None:
-        self.num_tokens += delta.num_tokens
         if self._unread is None:
             self._unread = delta
         else:
@@ -130,14 +138,15 @@ class _Job:
     deltas: DeltaMaker | None = None
     is_waiting: bool = True
     was_retried: bool = False
+    has_more: bool = False  # than was sent
+    due: float = 0.0  # when the next addition may be sent
 
 
 class EngineLoop:
     """Starts the engine's thread and speaks with it. Every public method belongs to the event loop.
 
     open_engine: called in the thread. on_health: False when a step failed, True when one has succeeded after that.
-    on_death: the thread has ended of itself, or hangs, and every stream with it. step_timeout: seconds in which a step
-    must return, once the engine is warm.
+    on_death: the thread has ended of itself, or hangs, and every stream with it.
     """
 
     def __init__(
@@ -145,12 +154,12 @@ class EngineLoop:
         open_engine: Callable[[], Engine],
         on_health: Callable[[bool], None],
         on_death: Callable[[BaseException], None],
-        step_timeout: float,
+        limits: Limits,
     ) -> None:
         self._open_engine = open_engine
         self._on_health = on_health
         self._on_death = on_death
-        self._step_timeout = step_timeout
+        self._limits = limits
         self._streams: dict[str, RequestStream] = {}
         self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -196,6 +205,16 @@ class EngineLoop:
     def streams(self) -> list[RequestStream]:
         """Those that are open, oldest first."""
         return list(self._streams.values())
+
+    async def num_tokens(self) -> dict[str, int]:
+        """How many each request has got so far in all its completions, by the engine's request id."""
+        return await self.call(
+            lambda _: {
+                request_id: sum(len(completion.token_ids) for completion in job.output.outputs)
+                for request_id, job in self._jobs.items()
+                if job.output is not None
+            }
+        )
 
     async def call(self, function: Callable[[Engine], _T]) -> _T:
         """What the function gives or raises, run in the engine's thread between two steps."""
@@ -267,15 +286,16 @@ class EngineLoop:
 
     async def _watch_steps(self) -> None:
         """Notice a step that does not return. Counted in looks, so that a process that was stopped may go on."""
-        interval = min(self._step_timeout / 8, 1.0)
+        timeout = self._limits.step_timeout
+        interval = min(timeout / 8, 1.0)
         num_looks, seen = 0, -1
         while self._dead is None:
             await asyncio.sleep(interval)
             if not self._is_busy or self._num_begun != seen:
                 num_looks, seen = 0, self._num_begun
             num_looks += 1
-            if (num_looks - 1) * interval >= self._step_timeout:
-                self._died(StepTimeout(f"no step has returned for {self._step_timeout:g} s (--step-timeout)"))
+            if (num_looks - 1) * interval >= timeout:
+                self._died(StepTimeout(f"no step has returned for {timeout:g} s (--step-timeout)"))
 
     # From here on, the engine's thread.
 
@@ -405,10 +425,18 @@ class EngineLoop:
             if job is None:
                 continue
             assert job.deltas is not None
-            messages.append((job.stream.give, job.deltas.take()))
             if output.finished:
                 del self._jobs[output.request_id]
+                messages.append((job.stream.give, job.deltas.take()))
+            else:
+                job.has_more = job.stream.is_streamed
         now = time.monotonic()
+        pause = min(PAUSE_PER_REQUEST * (len(self._jobs) - 1), self._limits.stream_pause)
+        for job in self._jobs.values():
+            if job.has_more and now >= job.due:
+                assert job.deltas is not None
+                messages.append((job.stream.give, job.deltas.take()))
+                job.has_more, job.due = False, now + pause
         for job in [job for job in self._jobs.values() if job.is_waiting]:
             assert job.output is not None
             if job.output.metrics.first_scheduled_time is not None:
@@ -432,7 +460,7 @@ class EngineLoop:
             if job.was_retried or job.deltas.has_given:
                 self._send(job.stream.give, job.deltas.take())
             else:
-                job.was_retried, job.is_waiting, job.deltas = True, True, None
+                job.was_retried, job.is_waiting, job.has_more, job.deltas = True, True, False, None
                 self._add(engine, job)
         # Nobody sends requests to a server that says it is not well, so it has to find out by itself.
         if not engine.has_unfinished():

@@ -67,7 +67,7 @@ class Frontend:
         self.name = name
         self.limits = limits
         self.admission = Admission()
-        self.engine = EngineLoop(open_engine, self._set_health, self._died, limits.step_timeout)
+        self.engine = EngineLoop(open_engine, self._set_health, self._died, limits)
         self.facts: ModelFacts
         self.tokenizer: Tokenizer | None = None
         self.on_health: list[Callable[[bool], None]] = []

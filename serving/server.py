@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from serving import health
+from serving.calls import MessageCheck
 from serving.control import Control, ControlConfig
 from serving.frontend import Frontend
 from serving.generated import control_pb2_grpc, inference_pb2_grpc, models_pb2_grpc, open_inference_pb2_grpc
@@ -123,7 +124,7 @@ class Server:
 def _make_server(config: ServerConfig) -> grpc.aio.Server:
     checks = [] if config.tokens is None else [TokenCheck(config.tokens, config.health_is_open)]
     return grpc.aio.server(
-        interceptors=checks,
+        interceptors=[*checks, MessageCheck()],
         options=[
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),

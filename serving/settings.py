@@ -24,6 +24,7 @@ class Limits:
     max_unread_tokens    tokens of one stream that its reader has not taken
     stall_seconds        how long a reader may leave a message unread
     max_message_bytes    size of one message from a client
+    stream_pause         longest time for which a stream's text is collected into one message, with many streams running
     step_timeout         how long a step of the warm engine may take before it is taken to hang
     """
 
@@ -34,6 +35,7 @@ class Limits:
     max_unread_tokens: int = 16384
     stall_seconds: float = 30.0
     max_message_bytes: int = 16 * 2**20
+    stream_pause: float = 0.1
     step_timeout: float = 120.0
 
     def __post_init__(self) -> None:
@@ -53,6 +55,8 @@ class Limits:
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and seconds > 0):
                 raise ValueError(f"{name}={seconds} must be a number above 0")
+        if not 0 <= self.stream_pause <= 1:
+            raise ValueError(f"stream_pause={self.stream_pause} is out of range; use a value in [0, 1]")
 
 
 @dataclass(frozen=True)

@@ -267,9 +267,8 @@ def test_reflection(engine: Engine) -> None:
                 (blob, *_) = answer.file_descriptor_response.file_descriptor_proto
                 services = [own.name for own in descriptor_pb2.FileDescriptorProto.FromString(blob).service]
                 assert name.rpartition(".")[2] in services
-        async with serving(engine) as server:
-            async with grpc.aio.insecure_channel(address(server)) as channel:
-                stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
-                assert await stub.ServerReflectionInfo().code() == grpc.StatusCode.UNIMPLEMENTED
+        async with serving(engine) as server, grpc.aio.insecure_channel(address(server)) as channel:
+            stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+            assert await stub.ServerReflectionInfo().code() == grpc.StatusCode.UNIMPLEMENTED
 
     run(scenario())
