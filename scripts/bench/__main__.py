@@ -1,4 +1,4 @@
-"""Benchmarks: `python scripts/bench engine` for figures of this engine, `serve` of its server, `peers ...` of others."""
+"""Benchmarks: `python scripts/bench engine` for figures of the engine, `serve` of the server, `peers ...` of others."""
 
 from __future__ import annotations
 

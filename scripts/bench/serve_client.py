@@ -1,4 +1,4 @@
-"""The load of `python scripts/bench serve`, in a process of its own: one JSON line in, one out, until there are no more.
+"""The load of `python scripts/bench serve`, in a process of its own: one JSON line in, one out, and so on.
 
 In: {"address": ..., "requests": [[start in seconds, prompt token ids, max_tokens], ...]}. Out: for each request
 [start, [[time, number of tokens], ...], error or null], times in seconds since the first could start.
@@ -17,7 +17,7 @@ import grpc
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from serving.client import AsyncClient  # noqa: E402
+from serving.client import AsyncClient
 
 Outcome = tuple[float, list[tuple[float, int]], str | None]
 

@@ -10,6 +10,7 @@ load       requests of mixed lengths that arrive at random (Poisson) whatever th
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import platform
 import statistics
@@ -76,7 +77,7 @@ class Clients:
             if error not in (None, "RESOURCE_EXHAUSTED"):
                 raise RuntimeError(f"a request ended with {error}")
             ttft.append(arrivals[0][0] - start if arrivals else None)
-            pairs = zip(arrivals, arrivals[1:], strict=False)
+            pairs = itertools.pairwise(arrivals)
             itl.append([(now - before) / count for (before, _), (now, count) in pairs for _ in range(count)])
         answered = [arrivals for _, arrivals, _ in outcomes if arrivals]
         return Answers(
@@ -151,10 +152,9 @@ def overhead(engine: Engine, clients: Clients, rounds: int) -> float:
         added.append(statistics.median(own for own in answers.ttft if own is not None) - statistics.median(first))
     rate, ratio = statistics.median(rates), statistics.median(ratios)
     print(f"bare engine, {NUM_STREAMS} streams of {OUTPUT_TOKENS} tokens: {rate:.0f} tokens/s")
-    print(
-        f"served over gRPC: {100 * ratio:.1f}% of that (rounds: {', '.join(f'{100 * own:.0f}%' for own in ratios)}; limit "
-        f"90%), {statistics.median(messages):.1f} tokens a message"
-    )
+    each = ", ".join(f"{100 * own:.0f}%" for own in ratios)
+    print(f"served over gRPC: {100 * ratio:.1f}% of that (limit 90%; rounds: {each})")
+    print(f"tokens in a message: {statistics.median(messages):.1f}")
     print(f"first token of one stream alone: {1000 * statistics.median(added):+.1f} ms (limit +5 ms)")
     return rate
 
@@ -163,8 +163,8 @@ def load(engine: Engine, clients: Clients, seconds: float, tokens_per_second: fl
     """Prints a row for each rate of arrival."""
     rng = np.random.default_rng(1)
     print(
-        f"\nPoisson arrivals for {seconds:g} s, prompts of 8 to 256 tokens, outputs of 8 to 192 (log-uniform); goodput: TTFT "
-        f"under {1000 * MAX_TTFT:.0f} ms and mean ITL under {1000 * MAX_ITL:.0f} ms"
+        f"\nPoisson arrivals for {seconds:g} s, prompts of 8 to 256 tokens, outputs of 8 to 192 (log-uniform)\n"
+        f"goodput: TTFT under {1000 * MAX_TTFT:.0f} ms and mean ITL under {1000 * MAX_ITL:.0f} ms"
     )
     print("requests/s  refused  tokens/s     TTFT p50/p95/p99 ms       ITL p50/p95/p99 ms  goodput")
     rows = []

@@ -1,4 +1,4 @@
-"""Thousands of requests of every kind, with clients that leave in every way: each accepted one ends exactly once, and
+"""Requests of every kind, with clients that leave in every way: each accepted one ends exactly once, and
 afterwards nothing is held. LEDGER_REQUESTS=40000 makes it as large as one likes.
 """
 
@@ -20,7 +20,7 @@ from serving.generated import inference_pb2 as pb
 from serving.settings import Limits
 from tests.serving.harness import address, run, serving, until
 
-NUM_REQUESTS = int(os.environ.get("LEDGER_REQUESTS", "2000"))
+NUM_REQUESTS = int(os.environ.get("LEDGER_REQUESTS", "1200"))
 AT_A_TIME = 24
 
 
