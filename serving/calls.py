@@ -115,8 +115,8 @@ class MessageCheck(grpc.aio.ServerInterceptor):
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        """Called by gRPC before each call."""
+    ) -> Any:
+        """Called by gRPC before each call. None where nothing here has the method."""
         handler: Any = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler

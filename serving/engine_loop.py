@@ -100,6 +100,8 @@ class RequestStream:
         self._ticket.started()
 
     def give(self, delta: Delta) -> None:
+        if self._over:  # a thread that was given up goes on after all
+            return
         if self._unread is None:
             self._unread = delta
         else:
@@ -113,6 +115,8 @@ class RequestStream:
         self._arrived.set()
 
     def refuse(self, error: RequestError) -> None:
+        if self._over:
+            return
         self._refusal = error
         self._end()
         self._arrived.set()

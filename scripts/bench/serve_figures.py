@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -55,6 +54,17 @@ class Answers:
             for first, gaps in zip(self.ttft, self.itl, strict=True)
         ]
         return sum(kept) / len(kept)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rate of arrival, in requests per second, and what came of it; percentiles are those of 50, 95 and 99, in ms."""
+
+    rate: float
+    throughput: float
+    ttft: list[float]
+    itl: list[float]
+    goodput: float
 
 
 class Clients:
@@ -175,31 +185,35 @@ def load(engine: Engine, clients: Clients, seconds: float, tokens_per_second: fl
         prompts = _prompts(engine, rng, [length for length, _ in lengths])
         requests = [(start, prompt, own[1]) for start, prompt, own in zip(starts, prompts, lengths, strict=True)]
         answers = served(engine, clients, requests)
-        ttft = 1000 * np.percentile([first for first in answers.ttft if first is not None], (50, 95, 99))
-        itl = 1000 * np.percentile([gap for gaps in answers.itl for gap in gaps], (50, 95, 99))
-        throughput = answers.num_tokens / answers.seconds
-        rows.append((rate, throughput, ttft, itl, answers.goodput))
+        row = Row(
+            rate=rate,
+            throughput=answers.num_tokens / answers.seconds,
+            ttft=_percentiles([first for first in answers.ttft if first is not None]),
+            itl=_percentiles([gap for gaps in answers.itl for gap in gaps]),
+            goodput=answers.goodput,
+        )
+        rows.append(row)
         print(
-            f"{rate:10.1f} {answers.ttft.count(None):8d} {throughput:9.0f}  {_three(ttft)}  {_three(itl)}"
-            f"  {100 * answers.goodput:6.0f}%"
+            f"{rate:10.1f} {answers.ttft.count(None):8d} {row.throughput:9.0f}  {_three(row.ttft)}  {_three(row.itl)}"
+            f"  {100 * row.goodput:6.0f}%"
         )
     if plot is not None:
         _plot(rows, plot)
 
 
-def _plot(rows: list[tuple[float, float, Any, Any, float]], path: str) -> None:
+def _plot(rows: list[Row], path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rates = [row[0] for row in rows]
+    rates = [row.rate for row in rows]
     figure, panels = pyplot.subplots(2, 2, figsize=(9, 6), sharex=True)
-    panels[0, 0].plot(rates, [row[1] for row in rows], marker="o")
-    panels[0, 1].plot(rates, [100 * row[4] for row in rows], marker="o")
-    for panel, column in ((panels[1, 0], 2), (panels[1, 1], 3)):
+    panels[0, 0].plot(rates, [row.throughput for row in rows], marker="o")
+    panels[0, 1].plot(rates, [100 * row.goodput for row in rows], marker="o")
+    for panel, several in ((panels[1, 0], [row.ttft for row in rows]), (panels[1, 1], [row.itl for row in rows])):
         for place, name in enumerate(("p50", "p95", "p99")):
-            panel.plot(rates, [row[column][place] for row in rows], marker="o", label=name)
+            panel.plot(rates, [own[place] for own in several], marker="o", label=name)
         panel.set_yscale("log")
         panel.legend()
     for panel, title in zip(
@@ -226,7 +240,11 @@ def _mean_length(low: int, high: int) -> float:
     return (high - low) / float(np.log(high / low))
 
 
-def _three(values: Any) -> str:
+def _percentiles(seconds: list[float]) -> list[float]:
+    return (1000 * np.percentile(seconds, (50, 95, 99))).tolist()
+
+
+def _three(values: list[float]) -> str:
     return " / ".join(f"{value:7.1f}" for value in values)
 
 
