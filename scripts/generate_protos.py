@@ -23,7 +23,11 @@ COMPILER = "grpcio-tools==1.81.1"
 MARK = "# Made by scripts/generate_protos.py from {source}, sha256 {digest}\n"
 
 # protoc names Python modules after the .proto's path, and `jaxinfer` is a package of its own.
-_IMPORT = re.compile(r"^from jaxinfer\.v1 import ", re.MULTILINE)
+_IMPORT = re.compile(r"^from (jaxinfer\.v1|inference) import ", re.MULTILINE)
+# The names of another's protocol are registered by its clients too, and a pool holds a name once: ours get their own,
+# so that server and client can live in one process.
+_FOREIGN = "inference"
+_POOL, _OWN_POOL = "_descriptor_pool.Default()", "_descriptor_pool.DescriptorPool()"
 
 
 def digest(source: Path) -> str:
@@ -46,7 +50,10 @@ def generate() -> dict[str, str]:
         for path in sorted(out.rglob("*.py*")):
             source = by_stem[re.sub(r"_pb2(_grpc)?$", "", path.stem)]
             mark = MARK.format(source=source.relative_to(ROOT), digest=digest(source))
-            files[path.name] = mark + _IMPORT.sub("from serving.generated import ", path.read_text())
+            text = _IMPORT.sub("from serving.generated import ", path.read_text())
+            if source.parent.name == _FOREIGN:
+                text = text.replace(_POOL, _OWN_POOL)
+            files[path.name] = mark + text
     return files
 
 

@@ -16,12 +16,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from jaxinfer.config import EngineConfig, tokens_from_environment
 from jaxinfer.flags import OneLineParser, add_engine_flags, engine_config
 
 if TYPE_CHECKING:
+    from serving.control import ControlConfig
     from serving.server import Server, ServerConfig
 
 DRAINED, ENGINE_FAILED, NOT_STARTED, DEFECT = 0, 1, 2, 3
@@ -45,10 +47,16 @@ def parser() -> argparse.ArgumentParser:
         "--http-port", type=_port_or_off, default=8000, metavar="N", help="0 is a free one, off is none (default: 8000)"
     )
     server.add_argument("--served-model-name", metavar="NAME", help="default: the last part of --model")
+    server.add_argument("--reflection", action="store_true", help="let tools such as grpcurl ask for the protocol")
     server.add_argument("--grace", type=float, default=25.0, metavar="S", help="seconds to drain in (default: 25)")
     server.add_argument("--vllm-metrics", action="store_true", help="give /metrics under vLLM's names as well")
     server.add_argument(
         "--log-format", choices=("plain", "json"), default="plain", help="of standard error (default: plain)"
+    )
+    server.add_argument(
+        "--otlp-endpoint",
+        metavar="URL",
+        help="collector of OpenTelemetry traces, such as http://localhost:4318/v1/traces",
     )
     security = result.add_argument_group("security")
     security.add_argument("--tls-cert", metavar="FILE", help="the server's certificate, PEM")
@@ -63,6 +71,10 @@ def parser() -> argparse.ArgumentParser:
     security.add_argument(
         "--allow-anyone", action="store_true", help="let others than this machine call without token or certificate"
     )
+    control = result.add_argument_group("control", "A service for whoever runs the server; it asks for tokens, too.")
+    control.add_argument("--control-port", type=int, metavar="N", help="where it listens (default: nowhere)")
+    control.add_argument("--profile-dir", metavar="DIR", help="where its Profile may write traces (default: nowhere)")
+    control.add_argument("--load-root", metavar="DIR", help="below which its Load may read weights (default: nowhere)")
     limits = result.add_argument_group("limits")
 
     def limit(flag: str, metavar: str, kind: type, text: str) -> None:
@@ -75,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
     limit("--max-unread-tokens", "N", int, "tokens that a stream's reader may leave unread (default: 16384)")
     limit("--stall-seconds", "S", float, "how long a reader may read nothing (default: 30)")
     limit("--max-message-bytes", "N", int, "size of a request (default: 16 MiB)")
+    limit("--stream-pause", "S", float, "collect a stream's text so long at most, under load (default: 0.1; 0 is off)")
+    limit("--step-timeout", "S", float, "a step that takes longer hangs, and the process ends (default: 120)")
     add_engine_flags(result)
     return result
 
@@ -112,6 +126,7 @@ def _server_config(args: argparse.Namespace, engine: EngineConfig) -> ServerConf
     from serving.security import TlsFiles, is_loopback, read_tokens
     from serving.server import ServerConfig
     from serving.settings import Limits
+    from serving.tracing import otlp_exporter
 
     for flag, port in (("--port", args.port), ("--http-port", args.http_port)):
         if port is not None and not 0 <= port <= 65535:
@@ -139,6 +154,9 @@ def _server_config(args: argparse.Namespace, engine: EngineConfig) -> ServerConf
             )
         if tokens is not None and tls is None:
             log.warning("tokens are sent in the clear to %s; give --tls-cert and --tls-key", args.host)
+    control = _control_config(args)
+    if control is not None and not is_loopback(args.host) and tokens is None and args.tls_client_ca is None:
+        raise ValueError(f"--control-port on --host {args.host} needs --tokens-file or --tls-client-ca")
     given = {name: value for name, value in vars(args).items() if name in Limits.__dataclass_fields__}
     return ServerConfig(
         name=args.served_model_name or os.path.basename(os.path.normpath(engine.model)),
@@ -151,7 +169,29 @@ def _server_config(args: argparse.Namespace, engine: EngineConfig) -> ServerConf
         grace=args.grace,
         limits=Limits(**given),
         vllm_metrics=args.vllm_metrics,
+        control=control,
+        reflection=args.reflection,
+        spans=None if args.otlp_endpoint is None else otlp_exporter(args.otlp_endpoint),
     )
+
+
+def _control_config(args: argparse.Namespace) -> ControlConfig | None:
+    from serving.control import ControlConfig
+
+    if args.control_port is None:
+        for flag in ("profile_dir", "load_root"):
+            if getattr(args, flag) is not None:
+                raise ValueError(f"--{flag.replace('_', '-')} needs --control-port")
+        return None
+    if not 0 <= args.control_port <= 65535:
+        raise ValueError(f"--control-port {args.control_port} is out of range; use a value in [0, 65535]")
+    profile = None if args.profile_dir is None else Path(args.profile_dir).absolute()
+    root = None if args.load_root is None else Path(args.load_root).absolute()
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
+    if root is not None and not root.is_dir():
+        raise ValueError(f"--load-root {root} is no directory")
+    return ControlConfig(args.control_port, profile, root)
 
 
 async def _serve(config: ServerConfig, engine: EngineConfig) -> int:
@@ -181,12 +221,17 @@ async def _serve(config: ServerConfig, engine: EngineConfig) -> int:
         _tell_error(str(error))
         _end_now(NOT_STARTED)
     log.info("%s is ready on port %d%s", config.name, server.port, http)
+    if server.control_port:
+        log.info("control on port %d", server.control_port)
     dead = asyncio.create_task(server.wait_until_dead())
-    await asyncio.wait((stopped, dead), return_when=asyncio.FIRST_COMPLETED)
+    asked = asyncio.create_task(server.wait_until_asked_to_stop())
+    await asyncio.wait((stopped, asked, dead), return_when=asyncio.FIRST_COMPLETED)
     return await _finish(server, signals, is_dead=dead.done())
 
 
 async def _finish(server: Server, signals: asyncio.Queue[int], is_dead: bool) -> int:
+    from serving.engine_loop import StepTimeout
+
     if not is_dead:
         log.info("draining, %g s at most; a second signal ends at once", server.config.grace)
     second = asyncio.create_task(_first(signals))
@@ -196,6 +241,10 @@ async def _finish(server: Server, signals: asyncio.Queue[int], is_dead: bool) ->
         _end_now(128 + second.result())
     await ending
     if is_dead or server.frontend.dead.is_set():
+        cause = server.frontend.cause_of_death
+        if isinstance(cause, StepTimeout):
+            _tell_error(f"{cause}; the device hangs, and what it was given is lost")
+            _end_now(ENGINE_FAILED)  # the engine's thread will never let the interpreter end
         _tell_error("the engine failed for good; the lines above say why")
         return ENGINE_FAILED
     log.info("stopped")

@@ -135,10 +135,15 @@ def make_request(prompt: Prompt, **fields: Any) -> pb.GenerateRequest:
     request = pb.GenerateRequest()
     if isinstance(prompt, str):
         request.text = prompt
-    elif prompt and isinstance(prompt[0], Mapping):
-        request.chat.messages.extend(pb.ChatMessage(**dict(message)) for message in prompt)  # type: ignore[arg-type]
     else:
-        request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
+        messages = [part for part in prompt if isinstance(part, Mapping)]
+        token_ids = [part for part in prompt if not isinstance(part, Mapping)]
+        if messages and token_ids:
+            raise ValueError(f"the prompt mixes messages with {token_ids[0]!r}; give token ids or messages")
+        if messages:
+            request.chat.messages.extend(pb.ChatMessage(**message) for message in messages)
+        else:
+            request.token_ids.ids.extend(token_ids)
     for name, value in fields.items():
         if value is None:
             continue

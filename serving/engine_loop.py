@@ -15,27 +15,39 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxinfer.types import Request, RequestOutput, SamplingParams
 from serving.admission import Ticket
 from serving.deltas import Delta, DeltaMaker, End
 from serving.errors import RequestError
+from serving.settings import Limits
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Engine
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 # A device that fails so many steps in a row is gone; the process ends, and whoever started it can start another.
 MAX_FAILURES = 3
+# A message costs about as much as a small model's token does, so what comes within a pause goes out as one. The pause
+# grows with the number of requests up to Limits.stream_pause; a first token never waits, nor does one that is alone.
+PAUSE_PER_REQUEST = 0.003
 _PROBE = "probe"
+
+
+class StepTimeout(Exception):
+    """The device hangs, and with it the thread that waits for it."""
 
 
 class RequestStream:
     """One request's answer on its way to its reader; for the event loop only. Use as an async context manager.
 
-    Leaving the context before the end aborts the request. max_unread_tokens: more than this unread aborts it too.
+    Leaving the context before the end aborts the request. max_unread_tokens: more than this unread aborts it too; None
+    is a reader who wants everything at once.
+    name: the request's in the words of its client, not of the engine; several may have one.
     on_end: called once it is over, with how it ended, or with the error for a request that the engine did not take.
     """
 
@@ -45,9 +57,12 @@ class RequestStream:
         ticket: Ticket,
         max_unread_tokens: int | None,
         engine: EngineLoop,
+        name: str,
         on_end: Callable[[End | RequestError], None],
     ) -> None:
         self.request = request
+        self.name = name
+        self.is_running = False
         self._on_end = on_end
         self._ticket = ticket
         self._max_unread_tokens = max_unread_tokens
@@ -57,6 +72,11 @@ class RequestStream:
         self._reason: RequestError | None = None
         self._arrived = asyncio.Event()
         self._over = False
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether its reader is given what there is as it comes, and not only at the end."""
+        return self._max_unread_tokens is not None
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -84,9 +104,12 @@ class RequestStream:
     # Called on the event loop with what the engine's thread sent.
 
     def started(self, _: None) -> None:
+        self.is_running = True
         self._ticket.started()
 
     def give(self, delta: Delta) -> None:
+        if self._over:  # a thread that was given up goes on after all
+            return
         if self._unread is None:
             self._unread = delta
         else:
@@ -100,6 +123,8 @@ class RequestStream:
         self._arrived.set()
 
     def refuse(self, error: RequestError) -> None:
+        if self._over:
+            return
         self._refusal = error
         self._end(error)
         self._arrived.set()
@@ -126,13 +151,15 @@ class _Job:
     deltas: DeltaMaker | None = None
     is_waiting: bool = True
     was_retried: bool = False
+    has_more: bool = False  # than was sent
+    due: float = 0.0  # when the next addition may be sent
 
 
 class EngineLoop:
     """Starts the engine's thread and speaks with it. Every public method belongs to the event loop.
 
     open_engine: called in the thread. on_health: False when a step failed, True when one has succeeded after that.
-    on_death: the thread has ended of itself, and every stream with it.
+    on_death: the thread has ended of itself, or hangs, and every stream with it.
     """
 
     def __init__(
@@ -140,19 +167,25 @@ class EngineLoop:
         open_engine: Callable[[], Engine],
         on_health: Callable[[bool], None],
         on_death: Callable[[BaseException], None],
+        limits: Limits,
     ) -> None:
         self._open_engine = open_engine
         self._on_health = on_health
         self._on_death = on_death
+        self._limits = limits
         self._streams: dict[str, RequestStream] = {}
         self._commands: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._dead: BaseException | None = None
+        self._calls: set[asyncio.Future[Any]] = set()
+        self._watch: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop
         self._outbox_lock = threading.Lock()
         self._outbox: list[tuple[Callable[[Any], None], Any]] = []
-        # The thread's own:
+        # The thread's own; others read the first two:
+        self._num_begun = 0  # steps and commands
+        self._is_busy = False
         self._jobs: dict[str, _Job] = {}
         self._num_failures = 0
         self._is_unproven = False
@@ -164,16 +197,66 @@ class EngineLoop:
         opened: asyncio.Future[Engine] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name="engine", daemon=True)
         self._thread.start()
-        return await opened
+        engine = await opened
+        self._watch = asyncio.create_task(self._watch_steps())
+        return engine
 
     async def stop(self) -> None:
-        """End the thread; streams that are still open are ended with UNAVAILABLE."""
+        """End the thread; what is still open is ended with UNAVAILABLE. A thread that hangs is left to itself."""
         if self._thread is None:
             return
-        self._commands.put(self._stop)
-        await self._ended.wait()
-        self._thread.join()
-        self._end_streams(RequestError("UNAVAILABLE", "the server has shut down", 1.0))
+        if not isinstance(self._dead, StepTimeout):
+            self._commands.put(self._stop)
+            await self._ended.wait()
+            self._thread.join()
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait((self._watch,))
+        self._end_all(RequestError("UNAVAILABLE", "the server has shut down", 1.0))
+
+    @property
+    def streams(self) -> list[RequestStream]:
+        """Those that are open, oldest first."""
+        return list(self._streams.values())
+
+    async def num_tokens(self) -> dict[str, int]:
+        """How many each request has got so far in all its completions, by the engine's request id."""
+        return await self.call(
+            lambda _: {
+                request_id: sum(len(completion.token_ids) for completion in job.output.outputs)
+                for request_id, job in self._jobs.items()
+                if job.output is not None
+            }
+        )
+
+    async def call(self, function: Callable[[Engine], _T]) -> _T:
+        """What the function gives or raises, run in the engine's thread between two steps."""
+        if self._dead is not None or self._ended.is_set():
+            raise _gone()
+        if self._watch is None:
+            raise RequestError("UNAVAILABLE", "the server is starting; try again when it is ready", 1.0)
+        answer: asyncio.Future[_T] = self._loop.create_future()
+
+        def give(value: _T) -> None:
+            if not answer.done():
+                answer.set_result(value)
+
+        def fail(error: Exception) -> None:
+            if not answer.done():
+                answer.set_exception(error)
+
+        def run(engine: Engine) -> None:
+            try:
+                value = function(engine)
+            except Exception as error:
+                self._send(fail, error)
+            else:
+                self._send(give, value)
+
+        self._calls.add(answer)
+        answer.add_done_callback(self._calls.discard)
+        self._commands.put(run)
+        return await answer
 
     def submit(self, stream: RequestStream, queue_time_limit: float | None) -> None:
         """Queue the stream's request. queue_time_limit: seconds from its arrival by which it must run."""
@@ -195,9 +278,12 @@ class EngineLoop:
     def forget(self, stream: RequestStream) -> None:
         self._streams.pop(stream.request.request_id, None)
 
-    def _end_streams(self, error: RequestError) -> None:
-        for stream in list(self._streams.values()):
+    def _end_all(self, error: RequestError) -> None:
+        for stream in self.streams:
             stream.refuse(error)
+        for answer in list(self._calls):
+            if not answer.done():
+                answer.set_exception(error)
 
     def _fetch(self) -> None:
         """Deliver what the thread has sent."""
@@ -208,8 +294,21 @@ class EngineLoop:
 
     def _died(self, error: BaseException) -> None:
         self._dead = error
-        self._end_streams(_gone())
+        self._end_all(_gone())
         self._on_death(error)
+
+    async def _watch_steps(self) -> None:
+        """Notice a step that does not return. Counted in looks, so that a process that was stopped may go on."""
+        timeout = self._limits.step_timeout
+        interval = min(timeout / 8, 1.0)
+        num_looks, seen = 0, -1
+        while self._dead is None:
+            await asyncio.sleep(interval)
+            if not self._is_busy or self._num_begun != seen:
+                num_looks, seen = 0, self._num_begun
+            num_looks += 1
+            if (num_looks - 1) * interval >= timeout:
+                self._died(StepTimeout(f"no step has returned for {timeout:g} s (--step-timeout)"))
 
     # From here on, the engine's thread.
 
@@ -259,12 +358,18 @@ class EngineLoop:
         """Do what was asked for since the last step; with nothing to step, wait for something. False: stop."""
         wait = not engine.has_unfinished()
         while True:
+            self._is_busy = not wait
             try:
                 command = self._commands.get(block=wait)
             except queue.Empty:
                 return not self._stopping
+            self._begin()
             command(engine)
             wait = not self._stopping and not engine.has_unfinished() and self._commands.empty()
+
+    def _begin(self) -> None:
+        self._num_begun += 1
+        self._is_busy = True
 
     def _stop(self, engine: Engine) -> None:
         self._stopping = True
@@ -316,6 +421,7 @@ class EngineLoop:
     def _step(self, engine: Engine) -> None:
         if not engine.has_unfinished():
             return
+        self._begin()
         try:
             outputs = engine.step()
         except Exception as error:
@@ -332,10 +438,18 @@ class EngineLoop:
             if job is None:
                 continue
             assert job.deltas is not None
-            messages.append((job.stream.give, job.deltas.take()))
             if output.finished:
                 del self._jobs[output.request_id]
+                messages.append((job.stream.give, job.deltas.take()))
+            else:
+                job.has_more = job.stream.is_streamed
         now = time.monotonic()
+        pause = min(PAUSE_PER_REQUEST * (len(self._jobs) - 1), self._limits.stream_pause)
+        for job in self._jobs.values():
+            if job.has_more and now >= job.due:
+                assert job.deltas is not None
+                messages.append((job.stream.give, job.deltas.take()))
+                job.has_more, job.due = False, now + pause
         for job in [job for job in self._jobs.values() if job.is_waiting]:
             assert job.output is not None
             if job.output.metrics.first_scheduled_time is not None:
@@ -359,7 +473,7 @@ class EngineLoop:
             if job.was_retried or job.deltas.has_given:
                 self._send(job.stream.give, job.deltas.take())
             else:
-                job.was_retried, job.is_waiting, job.deltas = True, True, None
+                job.was_retried, job.is_waiting, job.has_more, job.deltas = True, True, False, None
                 self._add(engine, job)
         # Nobody sends requests to a server that says it is not well, so it has to find out by itself.
         if not engine.has_unfinished():

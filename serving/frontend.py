@@ -7,7 +7,7 @@ import functools
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.tokenizer import Tokenizer
 from jaxinfer.types import Request, SamplingParams
+from serving import tracing
 from serving.admission import Admission
 from serving.conversation import Conversation
 from serving.deltas import End
@@ -43,7 +44,7 @@ _ABORT_SECONDS = 5.0
 class Ask:
     """A request as a protocol understood it. queue_time_limit in seconds; arrival_time on time.monotonic().
 
-    name: what its client calls it, for the log.
+    name: what its client calls it, which others may do too; "" where it gave none.
     """
 
     prompt: str | tuple[int, ...] | Conversation
@@ -60,22 +61,26 @@ class Ask:
 class Frontend:
     """Takes requests to the engine. Belongs to one event loop.
 
-    on_health is called whenever `healthy` changes; `dead` is set when the engine's thread has ended of itself.
+    on_health is called whenever `healthy` changes. on_end is called once a request that was taken in is over: with what
+    was asked, what its caller said of a trace (tracing.py), and how it ended, or the error where the engine did not
+    take it. `dead` is set when the engine's thread has ended of itself.
     """
 
     def __init__(self, open_engine: Callable[[], Engine], name: str, limits: Limits) -> None:
         self.name = name
         self.limits = limits
         self.admission = Admission()
-        self.engine = EngineLoop(open_engine, self._set_health, self._died)
+        self.engine = EngineLoop(open_engine, self._set_health, self._died, limits)
         self.facts: ModelFacts
         self.tokenizer: Tokenizer | None = None
         self.on_health: list[Callable[[bool], None]] = []
+        self.on_end: list[Callable[[Ask, Request, Mapping[str, str], End | RequestError], None]] = []
         self.healthy = False
         self.engine_metrics: EngineMetrics | None = None  # once the model is loaded
         self.num_refused: Counter[Code] = Counter()  # requests refused, or cut off before their end
         self.draining = asyncio.Event()
         self.dead: asyncio.Event = asyncio.Event()
+        self.cause_of_death: BaseException | None = None
         self._numbers = itertools.count()
         # One thread: tokenizers are not made for several at once, and two cores have better things to do.
         self._executor = ThreadPoolExecutor(1, "tokenizer")
@@ -163,7 +168,8 @@ class Frontend:
             cache_salt=ask.cache_salt,
         )
         max_unread = self.limits.max_unread_tokens if is_streamed else None
-        stream = RequestStream(request, ticket, max_unread, self.engine, functools.partial(self._ended, ask, request))
+        ended = functools.partial(self._ended, ask, request, tracing.caller())
+        stream = RequestStream(request, ticket, max_unread, self.engine, ask.name or request.request_id, ended)
         self.engine.submit(stream, ask.queue_time_limit)
         return stream
 
@@ -176,11 +182,13 @@ class Frontend:
             self.num_refused[error.code] += 1
             raise
 
-    def _ended(self, ask: Ask, request: Request, how: End | RequestError) -> None:
+    def _ended(self, ask: Ask, request: Request, caller: Mapping[str, str], how: End | RequestError) -> None:
         error = how if isinstance(how, RequestError) else how.error
         if error is not None:
             self.num_refused[error.code] += 1
         log_request(ask.name or request.request_id, self.name, len(request.prompt_token_ids), how)
+        for tell in self.on_end:
+            tell(ask, request, caller, how)
 
     async def token_ids(self, prompt: str | Conversation, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The token ids of a text or conversation. RequestError for one that the tokenizer or the template rejects."""
@@ -248,6 +256,7 @@ class Frontend:
                 tell(healthy)
 
     def _died(self, error: BaseException) -> None:
+        self.cause_of_death = error
         self.admission.close("the engine has failed")
         self._set_health(False)
         self.dead.set()

@@ -2,63 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import itertools
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import grpc
-from grpc.aio import EOF  # pyright: ignore[reportAttributeAccessIssue]
 
 from jaxinfer.types import MAX_LOGPROBS
 from serving import messages
-from serving.engine_loop import stalled
+from serving.calls import DEFECT, Context, Service, answered
 from serving.errors import RequestError
-from serving.frontend import Frontend
 from serving.generated import inference_pb2 as pb
 from serving.generated import inference_pb2_grpc, models_pb2, models_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-Context = grpc.aio.ServicerContext
-
 SERVICES = ("jaxinfer.v1.Inference", "jaxinfer.v1.Models")
-_DEFECT = "the server has a defect; its log says where"
-PUSHBACK = "grpc-retry-pushback-ms"  # the metadata by which gRPC clients are told when to try again
-
-
-def _answered(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """RequestErrors become statuses; whatever else is raised is a defect of ours, logged and called INTERNAL."""
-
-    @functools.wraps(method)
-    async def answer(self: Any, request: Any, context: Context) -> Any:
-        try:
-            return await method(self, request, context)
-        except RequestError as error:
-            await _abort(context, error, self.frontend.limits.stall_seconds)
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            log.exception("%s failed on request_id=%r", method.__name__, getattr(request, "request_id", ""))
-            internal = RequestError("INTERNAL", _DEFECT)
-            await _abort(context, internal, self.frontend.limits.stall_seconds)
-
-    return answer
-
-
-async def _abort(context: Context, error: RequestError, patience: float) -> NoReturn:
-    metadata = ()
-    if error.retry_after is not None:
-        metadata = ((PUSHBACK, str(round(error.retry_after * 1000))),)
-    # What a stalled reader has not read stands before the status; it is not waited for.
-    with suppress(TimeoutError):
-        async with asyncio.timeout(min(patience, 1.0)):
-            await context.abort(getattr(grpc.StatusCode, error.code), error.message, metadata)
-    raise asyncio.CancelledError
 
 
 @dataclass(frozen=True)
@@ -70,15 +31,10 @@ class _Answer:
     error: RequestError | None
 
 
-class _Service:
-    def __init__(self, frontend: Frontend) -> None:
-        self.frontend = frontend
-
-
-class Inference(_Service, inference_pb2_grpc.InferenceServicer):
+class Inference(Service, inference_pb2_grpc.InferenceServicer):
     """Generate, GenerateStream, GenerateMany."""
 
-    @_answered
+    @answered
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         async with aclosing(self._answers(request, is_streamed=False)) as answers:
             answer = await anext(answers)
@@ -86,67 +42,17 @@ class Inference(_Service, inference_pb2_grpc.InferenceServicer):
             raise answer.error
         return answer.response
 
-    @_answered
+    @answered
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:
         async with aclosing(self._answers(request, is_streamed=True)) as answers:
             async for answer in answers:
-                await self._write(context, answer.response)
+                await self.write(context, answer.response)
                 if answer.error is not None:
                     raise answer.error
 
-    @_answered
+    @answered
     async def GenerateMany(self, requests: AsyncIterator[pb.GenerateManyRequest], context: Context) -> None:
-        # Short: while it is full, the items' own streams merge what comes.
-        out: asyncio.Queue[pb.GenerateManyResponse | None] = asyncio.Queue(16)
-        reader = asyncio.create_task(self._read_items(context, out))
-        try:
-            while (message := await out.get()) is not None:
-                await self._write(context, message)
-            await reader
-        finally:
-            reader.cancel()
-            await asyncio.wait((reader,))
-
-    async def _read_items(self, context: Context, out: asyncio.Queue[pb.GenerateManyResponse | None]) -> None:
-        """Work on what the client sends, at most max_items_in_flight at a time; its sends wait otherwise.
-
-        RequestError where the server shuts down before the client has sent everything.
-        """
-        places = asyncio.Semaphore(self.frontend.limits.max_items_in_flight)
-
-        async def work(number: int, message: pb.GenerateManyRequest) -> None:
-            try:
-                async with aclosing(self._item(number, message)) as responses:
-                    async for response in responses:
-                        await out.put(response)
-            finally:
-                places.release()
-
-        draining = asyncio.create_task(self.frontend.draining.wait())
-        drained = False
-        try:
-            async with asyncio.TaskGroup() as items:
-                for number in itertools.count():
-                    await places.acquire()
-                    coming = asyncio.create_task(context.read())
-                    try:
-                        await asyncio.wait((coming, draining), return_when=asyncio.FIRST_COMPLETED)
-                        if drained := not coming.done():
-                            break
-                    finally:
-                        coming.cancel()
-                    message = coming.result()
-                    if message is EOF:
-                        break
-                    items.create_task(work(number, message))
-        except Exception:
-            await out.put(None)
-            raise
-        finally:
-            draining.cancel()
-        await out.put(None)
-        if drained:
-            raise RequestError("UNAVAILABLE", "the server is shutting down; send what has no status elsewhere", 1.0)
+        await self.serve_items(context, self._item)
 
     async def _item(
         self, number: int, message: pb.GenerateManyRequest
@@ -164,7 +70,7 @@ class Inference(_Service, inference_pb2_grpc.InferenceServicer):
             yield pb.GenerateManyResponse(item=number, status=_item_status(error))
         except Exception:
             log.exception("item %d failed, request_id=%r", number, message.request.request_id)
-            internal = RequestError("INTERNAL", _DEFECT)
+            internal = RequestError("INTERNAL", DEFECT)
             yield pb.GenerateManyResponse(item=number, status=_item_status(internal))
 
     async def _answers(self, request: pb.GenerateRequest, is_streamed: bool) -> AsyncGenerator[_Answer, None]:
@@ -175,7 +81,7 @@ class Inference(_Service, inference_pb2_grpc.InferenceServicer):
         stream = await frontend.submit(ask, is_streamed=is_streamed)
         async with stream:
             writer = messages.Writer(
-                request_id=request.request_id or stream.request.request_id,
+                request_id=stream.name,
                 model=frontend.facts.name,
                 options=request.output,
             )
@@ -191,32 +97,23 @@ class Inference(_Service, inference_pb2_grpc.InferenceServicer):
                     return
                 delta = await stream.next()
 
-    async def _write(self, context: Context, message: Any) -> None:
-        """Send a message. RequestError where the reader leaves what came before unread for too long."""
-        seconds = self.frontend.limits.stall_seconds
-        try:
-            async with asyncio.timeout(seconds):
-                await context.write(message)
-        except TimeoutError:
-            raise stalled(f"took nothing for {seconds:g} s") from None
 
-
-class Models(_Service, models_pb2_grpc.ModelsServicer):
+class Models(Service, models_pb2_grpc.ModelsServicer):
     """What is loaded, and its tokenizer."""
 
-    @_answered
+    @answered
     async def ListModels(
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
         self.frontend.check_model(None)
         return models_pb2.ListModelsResponse(models=[self._info()])
 
-    @_answered
+    @answered
     async def GetModel(self, request: models_pb2.GetModelRequest, context: Context) -> models_pb2.ModelInfo:
         self.frontend.check_model(request.model)
         return self._info()
 
-    @_answered
+    @answered
     async def Tokenize(self, request: models_pb2.TokenizeRequest, context: Context) -> models_pb2.TokenizeResponse:
         self.frontend.check_model(request.model)
         messages.refuse_unknown(request)
@@ -230,7 +127,7 @@ class Models(_Service, models_pb2_grpc.ModelsServicer):
         token_ids = await self.frontend.token_ids(prompt, add_special_tokens)
         return models_pb2.TokenizeResponse(token_ids=token_ids)
 
-    @_answered
+    @answered
     async def Detokenize(
         self, request: models_pb2.DetokenizeRequest, context: Context
     ) -> models_pb2.DetokenizeResponse:

@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-PREFIX = "/grpc.health.v1.Health/"
+SERVICE = "grpc.health.v1.Health"
+PREFIX = f"/{SERVICE}/"
 MAX_WATCHERS = 1000
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -12,18 +12,26 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from serving import health
+from serving.calls import MessageCheck
+from serving.control import Control, ControlConfig
 from serving.frontend import Frontend
-from serving.generated import inference_pb2_grpc, models_pb2_grpc
+from serving.generated import control_pb2_grpc, inference_pb2_grpc, models_pb2_grpc, open_inference_pb2_grpc
 from serving.grpc_service import SERVICES, Inference, Models
 from serving.health import Health
 from serving.http.app import HEALTH_PATHS, PAGE_PATHS, make_app
 from serving.http.gate import Gate
 from serving.http.listener import Listener
 from serving.metrics import Metrics
+from serving.open_inference import SERVICE as OPEN_INFERENCE
+from serving.open_inference import OpenInference
 from serving.security import TlsFiles, TokenCheck, Tokens, is_loopback
 from serving.settings import Limits
+from serving.tracing import CallerNote, Tracer
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
     from jaxinfer.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -37,6 +45,8 @@ class ServerConfig:
     """Where a server listens and who may call it. port 0 is a free one; grace in seconds.
 
     http_port: None for no HTTP. vllm_metrics: tell Prometheus vLLM's names as well.
+    control: listens beside it, for the same callers; None is off. reflection: tell callers what the services are.
+    spans: where requests' traces go.
     """
 
     name: str
@@ -49,6 +59,9 @@ class ServerConfig:
     grace: float = 25.0
     limits: Limits = field(default_factory=Limits)
     vllm_metrics: bool = False
+    control: ControlConfig | None = None
+    reflection: bool = False
+    spans: SpanExporter | None = None
 
 
 class Server:
@@ -57,25 +70,28 @@ class Server:
     def __init__(self, config: ServerConfig, open_engine: Callable[[], Engine]) -> None:
         self.config = config
         self.frontend = Frontend(open_engine, config.name, config.limits)
-        self.health = Health(*SERVICES)
+        services = (*SERVICES, OPEN_INFERENCE)
+        self.health = Health(*services)
         self.frontend.on_health.append(self._on_health)
-        self.port = 0
-        size = config.limits.max_message_bytes
-        checks = [] if config.tokens is None else [TokenCheck(config.tokens, config.health_is_open)]
-        self._grpc = grpc.aio.server(
-            interceptors=checks,
-            options=[
-                ("grpc.max_receive_message_length", size),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
-                ("grpc.keepalive_time_ms", 60_000),  # finds clients that went away without a word
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ],
-        )
+        self._tracer = None if config.spans is None else Tracer(config.name, config.spans)
+        if self._tracer is not None:
+            self.frontend.on_end.append(self._tracer.record)
+        self.port = self.control_port = 0
+        self._stop_asked = asyncio.Event()
+        self._grpc = _make_server(config)
         inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.frontend), self._grpc)
         models_pb2_grpc.add_ModelsServicer_to_server(Models(self.frontend), self._grpc)
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInference(self.frontend), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
+        if config.reflection:
+            from serving.reflection import add_reflection
+
+            add_reflection(self._grpc, (*services, health.SERVICE))
+        self._control: Control | None = None
+        if config.control is not None:
+            self._control = Control(self.frontend, config.control, self._stop_asked.set)
+            self._control_grpc = _make_server(config)
+            control_pb2_grpc.add_ControlServicer_to_server(self._control, self._control_grpc)
         self.http = None if config.http_port is None else self._make_http(config.http_port)
 
     def _make_http(self, port: int) -> Listener:
@@ -102,15 +118,10 @@ class Server:
 
     async def _listen_grpc(self) -> None:
         config = self.config
-        host = f"[{config.host}]" if ":" in config.host and not config.host.startswith("[") else config.host
-        address = f"{host}:{config.port}"
-        try:
-            if config.tls is None:
-                self.port = self._grpc.add_insecure_port(address)
-            else:
-                self.port = self._grpc.add_secure_port(address, config.tls.credentials())
-        except RuntimeError as error:
-            raise ValueError(f"cannot listen on {address}; is the port taken? choose another --port") from error
+        self.port = _take_port(self._grpc, config, config.port, "--port")
+        if config.control is not None:
+            self.control_port = _take_port(self._control_grpc, config, config.control.port, "--control-port")
+            await self._control_grpc.start()
         await self._grpc.start()
 
     async def load(self) -> None:
@@ -129,7 +140,12 @@ class Server:
         """Cut off what is left, and end the engine's thread."""
         self.health.close()
         await self._stop_listening(0)
+        if self._control is not None:
+            await self._control.close()
+            await self._control_grpc.stop(0)
         await self.frontend.stop()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     async def _stop_listening(self, grace: float) -> None:
         """Answers that are being written have `grace` seconds to end."""
@@ -139,6 +155,36 @@ class Server:
         """Until the engine has failed for good."""
         await self.frontend.dead.wait()
 
+    async def wait_until_asked_to_stop(self) -> None:
+        """Until the control service is told to drain."""
+        await self._stop_asked.wait()
+
     def _on_health(self, healthy: bool) -> None:
         log.info("health: %s", "SERVING" if healthy else "NOT_SERVING")
         self.health.set(healthy)
+
+
+def _make_server(config: ServerConfig) -> grpc.aio.Server:
+    checks = [] if config.tokens is None else [TokenCheck(config.tokens, config.health_is_open)]
+    return grpc.aio.server(
+        interceptors=[*checks, CallerNote(), MessageCheck()],
+        options=[
+            ("grpc.max_receive_message_length", config.limits.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+            ("grpc.keepalive_time_ms", 60_000),  # finds clients that went away without a word
+            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ],
+    )
+
+
+def _take_port(server: grpc.aio.Server, config: ServerConfig, port: int, flag: str) -> int:
+    host = f"[{config.host}]" if ":" in config.host and not config.host.startswith("[") else config.host
+    address = f"{host}:{port}"
+    try:
+        if config.tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, config.tls.credentials())
+    except RuntimeError as error:
+        raise ValueError(f"cannot listen on {address}; is the port taken? choose another {flag}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
@@ -23,6 +24,8 @@ class Limits:
     max_unread_tokens    tokens of one stream that its reader has not taken
     stall_seconds        how long a reader may leave a message unread
     max_message_bytes    size of one message from a client
+    stream_pause         longest time for which a stream's text is collected into one message, with many streams running
+    step_timeout         how long a step of the warm engine may take before it is taken to hang
     """
 
     max_queued_requests: int | None = None
@@ -32,6 +35,8 @@ class Limits:
     max_unread_tokens: int = 16384
     stall_seconds: float = 30.0
     max_message_bytes: int = 16 * 2**20
+    stream_pause: float = 0.1
+    step_timeout: float = 120.0
 
     def __post_init__(self) -> None:
         """ValueError naming the flag, the value and the limit."""
@@ -46,8 +51,12 @@ class Limits:
             value = getattr(self, name)
             if value is not None and not low <= value <= 2**31 - 1:
                 raise ValueError(f"{name}={value} is out of range; use a value in [{low}, {2**31 - 1}]")
-        if not (math.isfinite(self.stall_seconds) and self.stall_seconds > 0):
-            raise ValueError(f"stall_seconds={self.stall_seconds} must be a number above 0")
+        for name in ("stall_seconds", "step_timeout"):
+            seconds = getattr(self, name)
+            if not (math.isfinite(seconds) and seconds > 0):
+                raise ValueError(f"{name}={seconds} must be a number above 0")
+        if not 0 <= self.stream_pause <= 1:
+            raise ValueError(f"stream_pause={self.stream_pause} is out of range; use a value in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -63,3 +72,11 @@ class ModelFacts:
     page_size: int
     num_pages: int
     eos_token_ids: tuple[int, ...]
+
+
+def package_version() -> str:
+    """jaxinfer's, or where it runs from its sources without being installed, so much."""
+    try:
+        return version("jaxinfer")
+    except PackageNotFoundError:
+        return "not installed"

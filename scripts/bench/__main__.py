@@ -1,4 +1,4 @@
-"""Benchmarks: `python scripts/bench engine` for figures of this engine, `python scripts/bench peers ...` for others."""
+"""Benchmarks: `python scripts/bench engine` for figures of the engine, `serve` of the server, `peers ...` of others."""
 
 from __future__ import annotations
 
@@ -17,15 +17,27 @@ def main() -> int:
     engine.add_argument(
         "--only", nargs="+", metavar="FIGURE", help="overhead, compilations, waste or window; all if left out"
     )
+    serve = commands.add_parser("serve", help="the server's overhead, and load that does not wait; about two minutes")
+    serve.add_argument("--model", metavar="DIR", help="default: the model that comes with jaxinfer")
+    serve.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of engine and server (default: 7)")
+    serve.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S", help="of arrivals at each rate (default: 10)"
+    )
+    serve.add_argument("--plot", metavar="FILE", help="draw the load's figures: .png, .svg or .pdf")
     commands.add_parser("peers", help="the same workloads on other engines; see peers/README.md", add_help=False)
     arguments, rest = parser.parse_known_args()
     if arguments.command == "peers":
         return subprocess.call([sys.executable, str(Path(__file__).parent / "peers" / "run.py"), *rest])
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    import engine_figures  # brings jax, which --help does without
-
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     try:
+        if arguments.command == "serve":
+            import serve_figures  # brings jax, which --help does without
+
+            return serve_figures.report(arguments.model, arguments.rounds, arguments.seconds, arguments.plot)
+        import engine_figures
+
         return engine_figures.report(arguments.only)
     except ValueError as error:
         parser.error(str(error))

@@ -19,6 +19,7 @@ from serving.frontend import Frontend
 from serving.http import answering, reading
 from serving.http.encoding import encode
 from serving.http.receiving import read_object, while_connected
+from serving.tracing import note_caller
 
 PAGE_PATHS = frozenset({"/", "/page.js"})
 HEALTH_PATHS = frozenset({"/health"})
@@ -51,6 +52,7 @@ class _Generate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, frontend = Request(scope, receive), self._frontend
+        note_caller(request.headers.items())
         with frontend.counting_refusals():
             limits = frontend.limits
             body = await read_object(request, limits.max_message_bytes, limits.stall_seconds)

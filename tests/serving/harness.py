@@ -25,11 +25,11 @@ CHAT_TEMPLATE = (
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
-def run(scenario: Coroutine[Any, Any, None]) -> None:
+def run(scenario: Coroutine[Any, Any, None], seconds: float = 60) -> None:
     """A test's body; one that hangs fails."""
 
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(seconds):
             await scenario
 
     asyncio.run(bounded())

@@ -1,4 +1,7 @@
-"""The server in a process of its own, with few programs: `python -m tests.serving.process FLAGS`."""
+"""The server in a process of its own, with few programs: `python -m tests.serving.process FLAGS`.
+
+With HANG_AFTER=N in the environment, the engine's step after so many never returns.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ ROOT = Path(__file__).parents[2]
 class ServerProcess:
     """Started at once; `port` once it is ready. Used as a context manager, which kills what is left."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, hang_after: int | None = None) -> None:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAXINFER_"))}
+        hang = {} if hang_after is None else {"HANG_AFTER": str(hang_after)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.serving.process", "--port", "0", "--http-port", "0", *flags],
             cwd=ROOT,
-            env={**inherited, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"},
+            env={**inherited, **hang, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -49,11 +53,25 @@ class ServerProcess:
 
 
 if __name__ == "__main__":
+    import itertools
+    import threading
+    from typing import Any
+
     import pytest
 
+    from jaxinfer.engine import Engine
     from serving.__main__ import main
     from tests.e2e.harness import few_programs
 
     with pytest.MonkeyPatch.context() as patch:
         few_programs(patch)
+        if "HANG_AFTER" in os.environ:
+            step, numbers, limit = Engine.step, itertools.count(), int(os.environ["HANG_AFTER"])
+
+            def hanging(self: Engine) -> Any:
+                if next(numbers) >= limit:
+                    threading.Event().wait()
+                return step(self)
+
+            patch.setattr(Engine, "step", hanging)
         sys.exit(main(sys.argv[1:]))

@@ -183,6 +183,35 @@ def test_an_engine_that_keeps_failing_is_given_up(engine: Engine, monkeypatch: p
     run(scenario())
 
 
+@pytest.mark.parametrize("was_idle", [True, False])
+def test_a_step_that_hangs_is_noticed(engine: Engine, monkeypatch: pytest.MonkeyPatch, was_idle: bool) -> None:
+    """An idle engine does not hang, nor one that is slow; one whose step does not return is given up."""
+
+    async def scenario() -> None:
+        brake = Brake(engine, monkeypatch)
+        async with connected(engine, Limits(step_timeout=0.4)) as (server, client):
+            if was_idle:
+                await asyncio.sleep(0.8)
+            calls = [asyncio.create_task(client.generate(PROMPT, max_tokens=40)) for _ in range(3)]
+            await until(lambda: server.frontend.admission.num_requests == 3)
+            for _ in range(4):
+                brake.let(1)
+                await asyncio.sleep(0.2)
+            assert server.frontend.healthy
+            async with asyncio.timeout(2):
+                await server.wait_until_dead()
+            assert not server.frontend.healthy
+            for call in calls:
+                await refused(call, "UNAVAILABLE", "the engine has failed")
+            await refused(client.generate(PROMPT), "UNAVAILABLE", "the engine has failed")
+            # What is left of the thread must let go of the engine, which the tests share.
+            server.frontend.engine._commands.put(server.frontend.engine._stop)
+            brake.release()
+            await asyncio.to_thread(server.frontend.engine._thread.join)
+
+    run(scenario())
+
+
 def test_health_before_and_after(engine: Engine) -> None:
     """NOT_SERVING while loading and draining; a Watch is told and then ended."""
 

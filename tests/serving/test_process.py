@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from serving.client import Client, Generation
+from serving.generated import control_pb2, control_pb2_grpc
 from tests.serving.process import ServerProcess
 
 
@@ -85,3 +86,54 @@ def test_a_model_that_is_none_is_one_line(tmp_path: Path) -> None:
         assert error.startswith("error: ")
         assert "config.json" in error
         assert not any("Traceback" in line for line in server.lines)
+
+
+def test_a_step_that_hangs_ends_the_process(flags: list[str]) -> None:
+    with ServerProcess(*flags, "--step-timeout", "2", hang_after=5) as server:
+        port = server.wait_for(r"is ready on port (\d+)")[1]
+        with Client(f"localhost:{port}", max_tries=1, timeout=60) as client:
+            stream = client.stream("a" * 20, max_tokens=400, ignore_eos=True)
+            next(stream)
+            started = time.monotonic()
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stream)
+            assert 1 < time.monotonic() - started < 4
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert server.end(10) == 1
+        assert server.lines[-1].startswith("error: no step has returned for 2 s (--step-timeout)")
+        assert not any("Traceback" in line for line in server.lines)
+
+
+def test_kill_is_heard_at_once(flags: list[str]) -> None:
+    with ServerProcess(*flags) as server:
+        port = server.wait_for(r"is ready on port (\d+)")[1]
+        with Client(f"localhost:{port}", max_tries=1, timeout=60) as client:
+            stream = client.stream("a" * 20, max_tokens=4000, ignore_eos=True)
+            next(stream)
+            server.process.kill()
+            started = time.monotonic()
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stream)
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            with pytest.raises(grpc.RpcError) as caught:
+                client.generate("b")
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert time.monotonic() - started < 2
+
+
+def test_drain_over_the_control_port(flags: list[str]) -> None:
+    with ServerProcess(*flags, "--control-port", "0") as server:
+        port = server.wait_for(r"is ready on port (\d+)")[1]
+        control_port = server.wait_for(r"control on port (\d+)")[1]
+        with (
+            Client(f"localhost:{port}", max_tries=1, timeout=60) as client,
+            grpc.insecure_channel(f"localhost:{control_port}") as channel,
+        ):
+            stream = client.stream("a" * 20, max_tokens=100, ignore_eos=True)
+            whole = Generation().add(next(stream))
+            answer = control_pb2_grpc.ControlStub(channel).Drain(control_pb2.DrainRequest())
+            assert answer.num_unfinished == 1
+            for message in stream:
+                whole.add(message)
+            assert len(whole.completions[0].token_ids) == 100
+        assert server.end() == 0, server.lines

@@ -27,6 +27,16 @@ def test_stubs_serve_protobuf_6_and_7(source: Path) -> None:
     assert "# Protobuf Python Version: 6.33." in text
 
 
+def test_the_foreign_protocol_leaves_its_names_to_its_clients() -> None:
+    """Triton's client registers the same names; both must fit into one process, whichever comes first."""
+    from google.protobuf import descriptor_pool
+
+    from serving.generated import open_inference_pb2
+
+    assert open_inference_pb2.DESCRIPTOR.pool is not descriptor_pool.Default()
+    assert pb.DESCRIPTOR.pool is descriptor_pool.Default()
+
+
 def test_requests_tell_unset_from_zero() -> None:
     for message in (pb.GenerateRequest, pb.Sampling, pb.Stopping, pb.OutputOptions, pb.Chat, pb.ChatMessage):
         for field in message.DESCRIPTOR.fields:

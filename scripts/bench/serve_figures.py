@@ -1,0 +1,267 @@
+"""What the server costs over the bare engine, and how it bears load that does not wait for it.
+
+overhead   32 streams of 128 tokens, and the first token of one stream alone: bare engine and server take turns in this
+           process, the clients are in another; ratios of neighbouring turns, medians
+load       requests of mixed lengths that arrive at random (Poisson) whatever the server does, at several rates: output
+           tokens per second, time to first token (TTFT), time between tokens (ITL: a message's tokens share the time
+           since the message before), and goodput, the part of all requests that kept to the objective
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxinfer.config import EngineConfig, default_model
+from jaxinfer.engine import Engine
+from jaxinfer.types import Request, SamplingParams
+from serving.server import Server, ServerConfig
+
+NUM_STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS = 32, 32, 128
+# The objective that goodput counts by, in seconds.
+MAX_TTFT, MAX_ITL = 0.5, 0.05
+RATES = (0.25, 0.5, 0.75, 1.0, 1.5)  # of what the bare engine does
+
+Item = tuple[float, list[int], int]  # start in seconds, prompt, max_tokens
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the clients saw of a run: per request, its TTFT and ITLs in seconds (None: refused), and totals."""
+
+    ttft: list[float | None]
+    itl: list[list[float]]
+    num_tokens: int
+    num_messages: int
+    seconds: float
+
+    @property
+    def goodput(self) -> float:
+        """Part of the requests whose TTFT and mean ITL kept to the objective; a refused one did not."""
+        kept = [
+            first is not None and first <= MAX_TTFT and statistics.fmean(gaps or [0.0]) <= MAX_ITL
+            for first, gaps in zip(self.ttft, self.itl, strict=True)
+        ]
+        return sum(kept) / len(kept)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rate of arrival, in requests per second, and what came of it; percentiles are those of 50, 95 and 99, in ms."""
+
+    rate: float
+    throughput: float
+    ttft: list[float]
+    itl: list[float]
+    goodput: float
+
+
+class Clients:
+    """serve_client.py, started once."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("serve_client.py")
+        self._process = subprocess.Popen([sys.executable, str(script)], stdin=-1, stdout=-1, text=True)
+        self._read()
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def run(self, address: str, requests: Several[Item]) -> Answers:
+        assert self._process.stdin is not None
+        print(json.dumps({"address": address, "requests": requests}), file=self._process.stdin, flush=True)
+        outcomes = json.loads(self._read())
+        ttft, itl = [], []
+        for start, arrivals, error in outcomes:
+            if error not in (None, "RESOURCE_EXHAUSTED"):
+                raise RuntimeError(f"a request ended with {error}")
+            ttft.append(arrivals[0][0] - start if arrivals else None)
+            pairs = itertools.pairwise(arrivals)
+            itl.append([(now - before) / count for (before, _), (now, count) in pairs for _ in range(count)])
+        answered = [arrivals for _, arrivals, _ in outcomes if arrivals]
+        return Answers(
+            ttft=ttft,
+            itl=itl,
+            num_tokens=sum(count for arrivals in answered for _, count in arrivals),
+            num_messages=sum(map(len, answered)),
+            seconds=max(arrivals[-1][0] for arrivals in answered) - min(start for start, _, _ in outcomes),
+        )
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the clients' process has ended; its lines above say why")
+        return line
+
+
+def bare(engine: Engine, requests: Several[Item]) -> tuple[float, float]:
+    """(output tokens per second, median TTFT) of the engine alone, all requests there from the beginning."""
+    started = time.monotonic()
+    outputs = [
+        engine.add_request(
+            Request(
+                f"bare-{number}",
+                tuple(prompt),
+                SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True),
+                arrival_time=started,
+            )
+        )
+        for number, (_, prompt, max_tokens) in enumerate(requests)
+    ]
+    while engine.has_unfinished():
+        engine.step()
+    seconds = time.monotonic() - started
+    first = [output.metrics.time_to_first_token or 0.0 for output in outputs]
+    return sum(max_tokens for _, _, max_tokens in requests) / seconds, statistics.median(first)
+
+
+def served(engine: Engine, clients: Clients, requests: Several[Item]) -> Answers:
+    async def run() -> Answers:
+        server = Server(ServerConfig("bench", port=0), lambda: engine)
+        await server.listen()
+        await server.load()
+        try:
+            return await asyncio.to_thread(clients.run, f"localhost:{server.port}", requests)
+        finally:
+            await server.stop()
+
+    return asyncio.run(run())
+
+
+def overhead(engine: Engine, clients: Clients, rounds: int) -> float:
+    """Prints throughput and TTFT against the bare engine's. Returns the bare engine's tokens per second."""
+    rng = np.random.default_rng(0)
+
+    def streams() -> list[Item]:
+        return [(0.0, prompt, OUTPUT_TOKENS) for prompt in _prompts(engine, rng, [PROMPT_TOKENS] * NUM_STREAMS)]
+
+    bare(engine, streams())
+    served(engine, clients, streams())
+    rates, ratios, messages, added = [], [], [], []
+    for _ in range(rounds):
+        alone, _ = bare(engine, streams())
+        answers = served(engine, clients, streams())
+        rates.append(alone)
+        ratios.append(answers.num_tokens / answers.seconds / alone)
+        messages.append(answers.num_tokens / answers.num_messages)
+        single = [(0.1 * number, prompt, 4) for number, prompt in enumerate(_prompts(engine, rng, [64] * 10))]
+        first = [bare(engine, [(0.0, prompt, 4)])[1] for _, prompt, _ in single]
+        answers = served(engine, clients, [(start, prompt[::-1], 4) for start, prompt, _ in single])
+        added.append(statistics.median(own for own in answers.ttft if own is not None) - statistics.median(first))
+    rate, ratio = statistics.median(rates), statistics.median(ratios)
+    print(f"bare engine, {NUM_STREAMS} streams of {OUTPUT_TOKENS} tokens: {rate:.0f} tokens/s")
+    each = ", ".join(f"{100 * own:.0f}%" for own in ratios)
+    print(f"served over gRPC: {100 * ratio:.1f}% of that (limit 90%; rounds: {each})")
+    print(f"tokens in a message: {statistics.median(messages):.1f}")
+    print(f"first token of one stream alone: {1000 * statistics.median(added):+.1f} ms (limit +5 ms)")
+    return rate
+
+
+def load(engine: Engine, clients: Clients, seconds: float, tokens_per_second: float, plot: str | None) -> None:
+    """Prints a row for each rate of arrival."""
+    rng = np.random.default_rng(1)
+    print(
+        f"\nPoisson arrivals for {seconds:g} s, prompts of 8 to 256 tokens, outputs of 8 to 192 (log-uniform)\n"
+        f"goodput: TTFT under {1000 * MAX_TTFT:.0f} ms and mean ITL under {1000 * MAX_ITL:.0f} ms"
+    )
+    print("requests/s  refused  tokens/s     TTFT p50/p95/p99 ms       ITL p50/p95/p99 ms  goodput")
+    rows = []
+    for part in RATES:
+        rate = part * tokens_per_second / _mean_length(8, 192)
+        starts = np.cumsum(rng.exponential(1 / rate, max(round(rate * seconds), 2))).tolist()
+        lengths = np.exp(rng.uniform(np.log(8), np.log([256, 192]), (len(starts), 2))).astype(int).tolist()
+        prompts = _prompts(engine, rng, [length for length, _ in lengths])
+        requests = [(start, prompt, own[1]) for start, prompt, own in zip(starts, prompts, lengths, strict=True)]
+        answers = served(engine, clients, requests)
+        row = Row(
+            rate=rate,
+            throughput=answers.num_tokens / answers.seconds,
+            ttft=_percentiles([first for first in answers.ttft if first is not None]),
+            itl=_percentiles([gap for gaps in answers.itl for gap in gaps]),
+            goodput=answers.goodput,
+        )
+        rows.append(row)
+        print(
+            f"{rate:10.1f} {answers.ttft.count(None):8d} {row.throughput:9.0f}  {_three(row.ttft)}  {_three(row.itl)}"
+            f"  {100 * row.goodput:6.0f}%"
+        )
+    if plot is not None:
+        _plot(rows, plot)
+
+
+def _plot(rows: list[Row], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rates = [row.rate for row in rows]
+    figure, panels = pyplot.subplots(2, 2, figsize=(9, 6), sharex=True)
+    panels[0, 0].plot(rates, [row.throughput for row in rows], marker="o")
+    panels[0, 1].plot(rates, [100 * row.goodput for row in rows], marker="o")
+    for panel, several in ((panels[1, 0], [row.ttft for row in rows]), (panels[1, 1], [row.itl for row in rows])):
+        for place, name in enumerate(("p50", "p95", "p99")):
+            panel.plot(rates, [own[place] for own in several], marker="o", label=name)
+        panel.set_yscale("log")
+        panel.legend()
+    for panel, title in zip(
+        panels.flat,
+        ("output tokens/s", "goodput, %", "time to first token, ms", "time between tokens, ms"),
+        strict=True,
+    ):
+        panel.set_title(title)
+        panel.grid(alpha=0.3)
+    for panel in panels[1]:
+        panel.set_xlabel("requests per second")
+    figure.tight_layout()
+    figure.savefig(path)
+    print(f"\nplot: {path}")
+
+
+def _prompts(engine: Engine, rng: np.random.Generator, lengths: Several[int]) -> list[list[int]]:
+    """Random ones, so that nothing is found in the prefix cache."""
+    return [rng.integers(3, engine.loaded.config.vocab_size, length).tolist() for length in lengths]
+
+
+def _mean_length(low: int, high: int) -> float:
+    """Of a log-uniform length."""
+    return (high - low) / float(np.log(high / low))
+
+
+def _percentiles(seconds: list[float]) -> list[float]:
+    return (1000 * np.percentile(seconds, (50, 95, 99))).tolist()
+
+
+def _three(values: list[float]) -> str:
+    return " / ".join(f"{value:7.1f}" for value in values)
+
+
+def report(model: str | None, rounds: int, seconds: float, plot: str | None) -> int:
+    """Run everything and print it. ValueError where the plot could not be drawn."""
+    if plot is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"--plot: {error}; pip install 'jaxinfer[bench]'") from error
+    engine = Engine(EngineConfig(model or str(default_model()), max_num_seqs=NUM_STREAMS))
+    engine.warm_up()
+    print(f"{engine.loaded.directory.name} on {platform.processor() or platform.machine()}\n{engine.plan.describe()}\n")
+    clients = Clients()
+    try:
+        tokens_per_second = overhead(engine, clients, rounds)
+        load(engine, clients, seconds, tokens_per_second, plot)
+    finally:
+        clients.close()
+    return 0

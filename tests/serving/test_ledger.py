@@ -1,0 +1,155 @@
+"""Requests of every kind, with clients that leave in every way: each accepted one ends exactly once, and
+afterwards nothing is held. LEDGER_REQUESTS=40000 makes it as large as one likes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import random
+from typing import Any
+
+import grpc
+import pytest
+
+from jaxinfer.engine import Engine
+from serving.client import AsyncClient, Generation, make_request
+from serving.engine_loop import RequestStream
+from serving.generated import inference_pb2 as pb
+from serving.settings import Limits
+from tests.serving.harness import address, run, serving, until
+
+NUM_REQUESTS = int(os.environ.get("LEDGER_REQUESTS", "1200"))
+AT_A_TIME = 24
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors as Linux shows them")
+def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    begun: collections.Counter[str] = collections.Counter()
+    ended: collections.Counter[str] = collections.Counter()
+    outcomes: collections.Counter[str] = collections.Counter()
+    begin, end = RequestStream.__init__, RequestStream._end
+
+    def counted_begin(self: RequestStream, request: Any, *arguments: Any, **more: Any) -> None:
+        begin(self, request, *arguments, **more)
+        begun[request.request_id] += 1
+
+    def counted_end(self: RequestStream, *arguments: Any) -> None:
+        ended[self.request.request_id] += 1
+        end(self, *arguments)
+
+    monkeypatch.setattr(RequestStream, "__init__", counted_begin)
+    monkeypatch.setattr(RequestStream, "_end", counted_end)
+
+    def check(whole: Generation) -> None:
+        """The answer's own counts agree."""
+        assert whole.usage is not None
+        given = [len(completion.token_ids) for completion in whole.completions]
+        assert sum(given) == whole.usage.completion_tokens
+        for completion, count in zip(whole.completions, given, strict=True):
+            assert completion.finish is not None
+            assert completion.finish.completion_tokens == count
+
+    def request() -> dict[str, Any]:
+        return {
+            "prompt": [rng.randrange(3, 96) for _ in range(rng.choice((1, 5, 20, 60)))],
+            "max_tokens": rng.choice((1, 3, 8, 20)),
+            "n": rng.choice((1, 1, 1, 2, 4)),
+            "ignore_eos": rng.random() < 0.5,
+            "priority": rng.choice((0, 0, 1)),
+            "queue_time_limit_ms": rng.choice((None, None, 200, 5)),
+        }
+
+    async def stream(client: AsyncClient, leaves_after: int | None, timeout: float | None, pause: float) -> None:
+        whole = Generation()
+        fields = request()
+        call: Any = client._inference.GenerateStream(make_request(fields.pop("prompt"), **fields), timeout=timeout)
+        number = 0
+        async for message in call:
+            assert message.seq == number, "a gap"
+            assert whole.usage is None, "something after the end"
+            whole.add(message)
+            number += 1
+            await asyncio.sleep(pause)
+            if number == leaves_after:
+                call.cancel()
+                raise asyncio.CancelledError
+        check(whole)
+
+    async def many(client: AsyncClient) -> None:
+        answers: dict[int, Generation] = collections.defaultdict(Generation)
+        statuses: collections.Counter[int] = collections.Counter()
+        items = [request() for _ in range(rng.randint(1, 6))]
+        messages = [
+            pb.GenerateManyRequest(request=make_request(fields.pop("prompt"), **fields), stream=rng.random() < 0.5)
+            for fields in items
+        ]
+        call: Any = client._inference.GenerateMany(iter(messages))
+        async for message in call:
+            assert not statuses[message.item], "something after the status"
+            answers[message.item].add(message.response)
+            if message.HasField("status"):
+                statuses[message.item] += 1
+                if message.status.code == 0:
+                    check(answers[message.item])
+        assert statuses == dict.fromkeys(range(len(items)), 1)
+
+    async def disconnect(where: str) -> None:
+        async with AsyncClient(where, max_tries=1) as client:
+            call = asyncio.create_task(stream(client, None, None, 0.0))
+            await asyncio.sleep(rng.uniform(0, 0.05))
+        await call
+
+    async def one(client: AsyncClient, where: str) -> str:
+        kind = rng.choice(("unary", "unary", "stream", "stream", "slow", "cancel", "deadline", "many", "disconnect"))
+        try:
+            if kind == "unary":
+                fields = request()
+                check(await client.generate(fields.pop("prompt"), **fields))
+            elif kind == "many":
+                await many(client)
+            elif kind == "disconnect":
+                await disconnect(where)
+            else:
+                leaves_after = rng.randint(1, 4) if kind == "cancel" else None
+                timeout = rng.uniform(0.001, 0.1) if kind == "deadline" else None
+                await stream(client, leaves_after, timeout, 0.02 if kind == "slow" else 0.0)
+        except grpc.aio.AioRpcError as error:
+            return f"{kind} {error.code().name}"
+        except asyncio.CancelledError:
+            return f"{kind} CANCELLED"
+        return f"{kind} OK"
+
+    async def scenario() -> None:
+        limits = Limits(max_queued_requests=24, max_items_in_flight=4, stall_seconds=1.0)
+        async with serving(engine, limits) as server, AsyncClient(address(server), max_tries=1) as client:
+            await client.generate([5], max_tokens=1)
+            descriptors = num_descriptors()
+            numbers = iter(range(NUM_REQUESTS))
+
+            async def work() -> None:
+                for _ in numbers:
+                    outcomes[await one(client, address(server))] += 1
+
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(AT_A_TIME):
+                    workers.create_task(work())
+            await until(lambda: server.frontend.admission.num_requests == 0)
+            assert not server.frontend.engine.streams
+            await until(lambda: not server.frontend.engine._jobs)
+            await until(lambda: num_descriptors() <= descriptors)
+
+    run(scenario(), 60 + NUM_REQUESTS / 20)
+    assert begun == ended
+    assert set(begun.values()) == {1}
+    assert sum(outcomes.values()) == NUM_REQUESTS
+    codes = {outcome.split()[1] for outcome in outcomes}
+    assert codes <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}, outcomes
+    assert {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"} <= codes, outcomes
+    assert sum(count for outcome, count in outcomes.items() if outcome.endswith(" OK")) > NUM_REQUESTS // 4, outcomes
