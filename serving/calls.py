@@ -128,7 +128,8 @@ class MessageCheck(grpc.aio.ServerInterceptor):
             try:
                 request = handler.request_deserializer(raw)
             except DecodeError as error:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be read: {error}")
+                unreadable = RequestError("INVALID_ARGUMENT", f"the message cannot be read: {error}")
+                await abort_call(context, unreadable, patience=1.0)
             return await answer(request, context)
 
         return make(checked, request_deserializer=None, response_serializer=handler.response_serializer)
@@ -158,8 +159,8 @@ async def abort_call(context: Context, error: RequestError, patience: float) -> 
     metadata = ()
     if error.retry_after is not None:
         metadata = ((PUSHBACK, str(round(error.retry_after * 1000))),)
-    # What a stalled reader has not read stands before the status; it is not waited for.
-    with suppress(TimeoutError):
+    # What a stalled reader has not read stands before the status; it is not waited for. InternalError: it is over.
+    with suppress(TimeoutError, grpc.aio.InternalError):
         async with asyncio.timeout(min(patience, 1.0)):
             await context.abort(getattr(grpc.StatusCode, error.code), error.message, metadata)
     raise asyncio.CancelledError

