@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.merge_attention.reference import merge
 from pallas_kernels.paged_attention.gpu_kernel import Kernel
-from pallas_kernels.paged_attention.gpu_layout import TILE_ROWS, Blocks, choose_blocks, pool_shape, supports
+from pallas_kernels.paged_attention.gpu_layout import ALIGNMENT, TILE_ROWS, Blocks, choose_blocks, pool_shape, supports
 from pallas_kernels.paged_attention.tpu_layout import Case, round_up
 
 __all__ = ["Tiles", "paged_attention", "pool_shape", "prepare", "supports"]
@@ -123,7 +123,8 @@ def paged_attention(
 
     queries = pad_heads(q)
     # A block of new keys may begin at the last token.
-    new = None if k is None or v is None else (pad_heads(k, blocks.keys), pad_heads(v, blocks.keys))
+    rows = round_up(q.shape[0], ALIGNMENT) + blocks.keys - q.shape[0]
+    new = None if k is None or v is None else (pad_heads(k, rows), pad_heads(v, rows))
     table, groups = prepared
     held = jax.new_ref(pool)
     result = jnp.zeros(queries.shape, jnp.float32)
@@ -176,7 +177,7 @@ def _call(
     """Attention of the tiles of one kind, of `size` tokens each: [Q * size, N, H] float32, and log-sum-exps."""
     num_tiles, num_tokens, head_dim = tiles.row.shape[0], queries.shape[0], queries.shape[-1]
     group, num_kv_heads = case.num_heads // case.num_kv_heads, case.num_kv_heads
-    rows = round_up(size * group, 8)
+    rows = round_up(size * group, ALIGNMENT)
     tokens = jnp.minimum(tiles.first[:, None] + jnp.arange(size), num_tokens - 1)
     packed = queries[tokens].reshape(num_tiles, size, num_kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
     packed = packed.reshape(num_tiles, num_kv_heads, size * group, head_dim)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention.gpu_layout import TILE_ROWS, Blocks
+from pallas_kernels.paged_attention.gpu_layout import ALIGNMENT, TILE_ROWS, Blocks
 from pallas_kernels.paged_attention.tpu_layout import Case
 
 MASKED = -1e30  # finite: a block of which a query sees nothing yields numbers, which are then weighed with 0
@@ -150,16 +150,20 @@ class _Tile:
         state = lax.fori_loop(0, jnp.maximum(end - begin, 0), step, (mixed, most, weight))
         if not self.kernel.writes:
             return state
-        begin = lax.div(jnp.maximum(oldest - self.cached, 0), block_keys)
-        end = lax.div(last - self.cached, block_keys) + 1
+        # Tiles of shared memory are filled from tiles of memory: so from a multiple of 8, within other rows' tokens.
+        start = self.first - (self.position - self.cached)
+        aligned = lax.div(start, ALIGNMENT) * ALIGNMENT
+        zeroth = self.cached - (start - aligned)  # position that the first key would have
+        oldest = jnp.maximum(oldest, self.cached)
+        begin, end = lax.div(oldest - zeroth, block_keys), lax.div(last - zeroth, block_keys) + 1
         end = jnp.where(self.split == self.kernel.splits - 1, end, begin)
 
         def new_step(block: jax.Array, state: State) -> State:
-            token = self.first - (self.position - self.cached) + block * block_keys
+            token = pl.multiple_of(aligned + block * block_keys, ALIGNMENT)
             for source, target in zip(self.new, (keys, values), strict=True):
                 plgpu.copy_gmem_to_smem(source.at[pl.ds(token, block_keys), self.head], target.at[0], new_arrived)
             plgpu.barrier_wait(new_arrived)
-            offset = self.cached + block * block_keys
+            offset = zeroth + block * block_keys
             state = self.mix(q, keys.at[0], values.at[0], weights, offset, oldest, last + 1, state)
             plgpu.commit_smem()
             return state
@@ -181,7 +185,7 @@ class _Tile:
             page = self.table[self.row * self.kernel.width + lax.rem(logical, self.kernel.width)]
             for which, target in enumerate((keys, values)):
                 source = self.pool.at[page, which, self.head]
-                plgpu.copy_gmem_to_smem(source, target.at[slot, pl.ds(index * size, size)], sem.at[slot])
+                plgpu.copy_gmem_to_smem(source, target.at[slot].at[pl.ds(index * size, size)], sem.at[slot])
 
     def mix(
         self,
@@ -221,7 +225,7 @@ class _Tile:
             logits = case.soft_cap * jnp.tanh(logits / case.soft_cap)
         token = lax.div(plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA), self.kernel.group)
         place = offset + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-        seen = (place <= self.position + token) & (place < end)
+        seen = (place >= oldest) & (place < end) & (place <= self.position + token)
         if case.window is not None:
             seen &= place > self.position + token - case.window
         logits = jnp.where(seen, logits * _LOG2_E, -jnp.inf)

@@ -20,6 +20,7 @@ DTYPES = ("bfloat16", "float16")
 HEAD_MULTIPLE = 64  # 128 bytes, the widest swizzle, of a 16-bit type
 MAX_HEAD_DIM = 256
 TILE_ROWS = 64  # rows of a WGMMA tile
+ALIGNMENT = 8  # rows of a tile of shared memory
 PAGE_SIZES = (8, 16, 32, 64, 128)  # whole tiles of 8 rows, and blocks of whole pages
 MIN_JAX = (0, 12)  # of which Mosaic GPU's interface and its simulation are
 
