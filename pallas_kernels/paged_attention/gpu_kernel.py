@@ -19,7 +19,10 @@ from pallas_kernels.paged_attention.tpu_layout import Case
 MASKED = -1e30  # finite: a block of which a query sees nothing yields numbers, which are then weighed with 0
 _LOG2_E = math.log2(math.e)
 
-State = tuple[jax.Array, jax.Array, jax.Array]  # mixed values [64, H], largest logit [64] in powers of 2, sum [64]
+_COLUMNS = 128  # of the mixed values in one accumulator: two of them and what they are added to fit the registers
+
+# Mixed values [64, up to 128 lanes] for all lanes; the largest logit [64], to base 2; the sum of weights [64].
+State = tuple[tuple[jax.Array, ...], jax.Array, jax.Array]
 
 
 def _tiled(itemsize: int) -> tuple[Any, Any]:
@@ -49,6 +52,12 @@ class Kernel:
     @property
     def group(self) -> int:
         return self.case.num_heads // self.case.num_kv_heads
+
+    @property
+    def columns(self) -> list[Any]:
+        """The lanes of a head, in pieces."""
+        starts = range(0, self.head_dim, _COLUMNS)
+        return [pl.ds(start, min(_COLUMNS, self.head_dim - start)) for start in starts]
 
     def run(self, queries: Any, pool: Any, *refs: Any) -> None:
         """References in memory: of `_call`'s arguments, then the outputs, each by split, tile and head."""
@@ -86,13 +95,17 @@ class Kernel:
 
             def send(mixed_smem: Any, lse_smem: Any) -> None:
                 total = jnp.where(weight == 0.0, 1.0, weight)
-                mixed_smem[...] = (mixed / lax.broadcast_in_dim(total, mixed.shape, [0])).astype(mixed_smem.dtype)
+                for columns, part in zip(self.columns, mixed, strict=True):
+                    result = part / lax.broadcast_in_dim(total, part.shape, [0])
+                    mixed_smem[:, columns] = result.astype(mixed_smem.dtype)
                 lse_smem[...] = jnp.where(weight == 0.0, -jnp.inf, most / _LOG2_E + jnp.log(total))
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(mixed_smem.at[pl.ds(0, self.rows)], out.at[split, tile, head])
                 plgpu.copy_smem_to_gmem(lse_smem, lse.at[split, tile, head])
                 plgpu.wait_smem_to_gmem(0)
 
+            if self.writes:
+                pl.when(split == self.splits - 1)(own.write)
             pl.run_scoped(
                 send,
                 plgpu.SMEM((TILE_ROWS, self.head_dim), out.dtype, transforms=_tiled(out.dtype.itemsize)),
@@ -146,7 +159,10 @@ class _Tile:
 
         rows = jnp.full((TILE_ROWS,), MASKED, jnp.float32), jnp.zeros((TILE_ROWS,), jnp.float32)
         most, weight = (plgpu.layout_cast(part, plgpu.Layout.WGMMA.reduce(1)) for part in rows)
-        mixed = plgpu.layout_cast(jnp.zeros((TILE_ROWS, self.kernel.head_dim), jnp.float32), plgpu.Layout.WGMMA)
+        mixed = tuple(
+            plgpu.layout_cast(jnp.zeros((TILE_ROWS, columns.size), jnp.float32), plgpu.Layout.WGMMA)
+            for columns in self.kernel.columns
+        )
         state = lax.fori_loop(0, jnp.maximum(end - begin, 0), step, (mixed, most, weight))
         if not self.kernel.writes:
             return state
@@ -168,13 +184,7 @@ class _Tile:
             plgpu.commit_smem()
             return state
 
-        state = lax.fori_loop(begin, end, new_step, state)
-
-        @pl.when(self.split == self.kernel.splits - 1)
-        def _() -> None:
-            self.write()
-
-        return state
+        return lax.fori_loop(begin, end, new_step, state)
 
     def copy_block(self, block: jax.Array, last_page: jax.Array, keys: Any, values: Any, slot: Any, sem: Any) -> None:
         """Every copy of a block is made, for the barrier counts them; past the last page, it is of that one again."""
@@ -209,10 +219,11 @@ class _Tile:
         @pl.when((offset < oldest) | (offset + block_keys > end))
         def _() -> None:
             # What no query sees becomes 0: weights of 0 do not cancel what a page's last owner may have left.
-            held = plgpu.load(values, layout=plgpu.Layout.WGMMA)
-            place = offset + plgpu.broadcasted_iota(jnp.int32, held.shape, 0, layout=plgpu.Layout.WGMMA)
-            alive = (place >= oldest) & (place < end)
-            values[...] = jnp.where(alive, held.astype(jnp.float32), 0.0).astype(held.dtype)
+            for columns in self.kernel.columns:
+                held = plgpu.load(values.at[:, columns], layout=plgpu.Layout.WGMMA)
+                place = offset + plgpu.broadcasted_iota(jnp.int32, held.shape, 0, layout=plgpu.Layout.WGMMA)
+                alive = (place >= oldest) & (place < end)
+                values[:, columns] = jnp.where(alive, held.astype(jnp.float32), 0.0).astype(held.dtype)
             plgpu.commit_smem()
 
         def multiply(total: Any) -> jax.Array:
@@ -237,12 +248,15 @@ class _Tile:
         weights_smem[...] = weights.astype(weights_smem.dtype)
         plgpu.commit_smem()
 
-        def add(total: Any) -> jax.Array:
-            plgpu.wgmma(total, weights_smem, values)
+        def add(total: Any, *, columns: Any) -> jax.Array:
+            plgpu.wgmma(total, weights_smem, values.at[:, columns])
             return total[...]
 
-        own = pl.run_scoped(add, plgpu.ACC(mixed.shape, jnp.float32))
-        return mixed * lax.broadcast_in_dim(keep, mixed.shape, [0]) + own, most, weight
+        def part(columns: Any, old: jax.Array) -> jax.Array:
+            own = pl.run_scoped(functools.partial(add, columns=columns), plgpu.ACC(old.shape, jnp.float32))
+            return old * lax.broadcast_in_dim(keep, old.shape, [0]) + own
+
+        return tuple(map(part, self.kernel.columns, mixed)), most, weight
 
     def write(self) -> None:
         """Put the tile's own keys and values into their pages."""

@@ -78,10 +78,10 @@ def choose_blocks(case: Case, chip: str = "default") -> Blocks:
     table = _tuned(chip)
     keys = max(table["block_keys"], case.page_size)
     row_bytes = 2 * round_up(case.head_dim, HEAD_MULTIPLE)
-    slot_bytes, query_bytes = 2 * keys * row_bytes, TILE_ROWS * row_bytes
+    slot_bytes, other_bytes = 2 * keys * row_bytes, TILE_ROWS * (row_bytes + 2 * keys)  # and queries, and weights
     slots = 0
     for programs in (2, 1):
-        slots = (table["shared_bytes"] // programs - query_bytes) // slot_bytes
+        slots = (table["shared_bytes"] // programs - other_bytes) // slot_bytes
         if slots >= 2:
             break
     return Blocks(keys, min(max(slots, 2), table["max_slots"]), table["programs"])
