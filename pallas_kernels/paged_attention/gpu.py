@@ -17,11 +17,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.merge_attention.reference import merge
 from pallas_kernels.paged_attention.gpu_kernel import Kernel
-from pallas_kernels.paged_attention.gpu_layout import ALIGNMENT, TILE_ROWS, Blocks, choose_blocks, pool_shape, supports
+from pallas_kernels.paged_attention.gpu_layout import (
+    ALIGNMENT,
+    TILE_ROWS,
+    Blocks,
+    chip_name,
+    choose_blocks,
+    pool_shape,
+    supports,
+)
 from pallas_kernels.paged_attention.tpu_layout import Case, round_up
 
 __all__ = ["Tiles", "paged_attention", "pool_shape", "prepare", "supports"]
@@ -115,7 +124,7 @@ def paged_attention(
     Returns ([T, N, H] in q's dtype, zero for padding tokens; the pool).
     """
     _check(case, q, k, v, pool, sinks)
-    blocks = blocks or choose_blocks(case)
+    blocks = blocks or choose_blocks(case, chip_name())
     padded = pool.shape[-1]
 
     def pad_heads(array: jax.Array, rows: int = 0) -> jax.Array:
@@ -195,6 +204,7 @@ def _call(
         grid=(num_tiles, num_kv_heads, splits),
         grid_names=("tile", "head", "split"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        cost_estimate=_cost(case, packed, splits, pool.shape, table.shape),
         interpret=interpret,
         kernel_name="paged_attention",
     )(packed, pool, *keys, table.reshape(-1), tiles.row, tiles.first, tiles.count, tiles.position, tiles.cached)
@@ -213,3 +223,22 @@ def _splits(case: Case, blocks: Blocks, num_tiles: int, width: int) -> int:
     most = width * case.page_size if case.window is None else min(width * case.page_size, case.window)
     wanted = -(-blocks.programs // (num_tiles * case.num_kv_heads))
     return max(1, min(wanted, most // (_BLOCKS_OF_SPLIT * blocks.keys), _MAX_SPLITS))
+
+
+def _cost(case: Case, packed: jax.Array, splits: int, pool: tuple[int, ...], table: tuple[int, ...]) -> pl.CostEstimate:
+    """The most that tiles of these shapes can cost: tables full, their pages all different, as far as the pool goes.
+
+    Lengths are not known when the program is compiled. Every row of a tile of 64 is multiplied, real or not.
+    """
+    num_tiles, num_kv_heads, rows, head_dim = packed.shape
+    keys = min(pool[0], num_tiles * table[1]) * case.page_size
+    if case.window is not None:
+        keys = min(keys, num_tiles * (case.window + rows + case.page_size))
+    pairs = keys * num_kv_heads * TILE_ROWS
+    moved = 2 * keys * num_kv_heads * head_dim * packed.dtype.itemsize
+    moved += packed.size * (packed.dtype.itemsize + (packed.dtype.itemsize if splits == 1 else 4 * splits))
+    return pl.CostEstimate(
+        flops=4 * pairs * head_dim,
+        transcendentals=pairs * (1 if case.soft_cap is None else 2),
+        bytes_accessed=moved,
+    )

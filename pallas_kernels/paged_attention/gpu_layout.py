@@ -73,6 +73,12 @@ def _tuned(chip: str) -> dict[str, int]:
     return json.loads((path if path.exists() else folder / "gpu_default.json").read_text())["blocks"]
 
 
+def chip_name() -> str:
+    """This process's GPU, as its tuned table is called; "default" where there is none or another."""
+    kind = jax.devices()[0].device_kind.lower()
+    return next((chip for chip in ("h100", "h200") if chip in kind), "default")
+
+
 def choose_blocks(case: Case, chip: str = "default") -> Blocks:
     """As many slots as leave room for two programs on a multiprocessor; for one, where two got a single slot."""
     table = _tuned(chip)
@@ -84,4 +90,4 @@ def choose_blocks(case: Case, chip: str = "default") -> Blocks:
         slots = (table["shared_bytes"] // programs - other_bytes) // slot_bytes
         if slots >= 2:
             break
-    return Blocks(keys, min(max(slots, 2), table["max_slots"]), table["programs"])
+    return Blocks(keys, min(max(slots, 1), table["max_slots"]), table["programs"])
