@@ -188,7 +188,7 @@ def resources(chip: str, text: str, output: str) -> str:
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", output)]
     if not registers:
         return "the kernel is one of those above"
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill stores", output)))
+    spills = sum(map(int, re.findall(r"stack frame, (\d+) bytes spill stores", output)))
     shared = max(map(int, re.findall(r"smem_scratch_bytes=(\d+)", output)), default=0)
     return f"{shared / 1024:.0f} KiB shared, {max(registers)} registers, {spills} B spilled"
 

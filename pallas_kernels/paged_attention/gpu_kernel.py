@@ -27,7 +27,9 @@ State = tuple[tuple[jax.Array, ...], jax.Array, jax.Array]
 
 def _tiled(itemsize: int) -> tuple[Any, Any]:
     """How a matrix lies in shared memory, as tensor cores and the copies of 128 bytes read it."""
-    return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)
+    # JAX leaves a method of their base class abstract, that these are never asked for.
+    tiling = plgpu.TilingTransform((8, 128 // itemsize))  # pyright: ignore[reportAbstractUsage]
+    return tiling, plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ class _Tile:
             return total[...]
 
         shape = (TILE_ROWS, block_keys)
-        logits = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32)) * case.scale
+        logits = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32)) * case.scale
         if case.soft_cap is not None:
             logits = case.soft_cap * jnp.tanh(logits / case.soft_cap)
         token = lax.div(plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA), self.kernel.group)
@@ -253,7 +255,10 @@ class _Tile:
             return total[...]
 
         def part(columns: Any, old: jax.Array) -> jax.Array:
-            own = pl.run_scoped(functools.partial(add, columns=columns), plgpu.ACC(old.shape, jnp.float32))
+            own = pl.run_scoped(
+                functools.partial(add, columns=columns),
+                plgpu.WGMMAAccumulatorRef((TILE_ROWS, columns.size), jnp.float32),
+            )
             return old * lax.broadcast_in_dim(keep, old.shape, [0]) + own
 
         return tuple(map(part, self.kernel.columns, mixed)), most, weight
