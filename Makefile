@@ -29,7 +29,7 @@ test-other-python: $(VENV)/installed-test
 	$(MAKE) --no-print-directory $(OTHER_VENV)/installed-test VENV=$(OTHER_VENV) PYTHON=$(OTHER_PYTHON)
 	$(OTHER_VENV)/bin/python -m pytest $(SMOKE) -p no:cacheprovider
 
-# The TPU compiler gets an environment of its own: where libtpu is installed, every JAX process looks for a TPU.
+# The TPU and GPU compilers get an environment of their own: where they are installed, every JAX process looks for chips.
 aot:
 	$(MAKE) --no-print-directory $(AOT_VENV)/installed-aot VENV=$(AOT_VENV)
 	$(AOT_VENV)/bin/python scripts/aot.py $(ARGS)

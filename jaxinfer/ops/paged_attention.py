@@ -12,7 +12,12 @@ from typing import Any, Protocol
 
 import jax
 
-from jaxinfer.ops import paged_attention_reference, paged_attention_tpu, paged_attention_xla
+from jaxinfer.ops import (
+    paged_attention_gpu,
+    paged_attention_reference,
+    paged_attention_tpu,
+    paged_attention_xla,
+)
 from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
 
 __all__ = ["BACKENDS", "AttentionCase", "Backend", "RaggedBatch", "choose_backend"]
@@ -65,6 +70,7 @@ def _backend(name: str, module: Any) -> Backend:
 # Best first; "xla" serves every case, so the search always ends.
 BACKENDS: tuple[Backend, ...] = (
     _backend("pallas_tpu", paged_attention_tpu),
+    _backend("pallas_gpu", paged_attention_gpu),
     _backend("xla", paged_attention_xla),
     _backend("reference", paged_attention_reference),
 )

@@ -141,9 +141,12 @@ def test_pool_is_updated_in_place(num_tokens: int) -> None:
 def test_choice_of_backend() -> None:
     chosen, refusals = choose_backend(make_case())
     assert chosen.name == "xla"
-    assert refusals == {"pallas_tpu": "the platform is cpu, not tpu"}
+    assert refusals == {
+        "pallas_tpu": "the platform is cpu, not tpu",
+        "pallas_gpu": "the platform is cpu, not gpu",
+    }
     assert choose_backend(make_case(), "reference")[0].name == "reference"
-    with pytest.raises(ValueError, match="'fast' is unknown; choose one of: pallas_tpu, xla, reference"):
+    with pytest.raises(ValueError, match="'fast' is unknown; choose one of: pallas_tpu, pallas_gpu, xla, reference"):
         choose_backend(make_case(), "fast")
 
 

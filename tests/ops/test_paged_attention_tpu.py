@@ -162,13 +162,13 @@ def test_reads_another_layers_pool() -> None:
 @pytest.mark.skipif(not RAISES_ON_RACE, reason="this JAX prints races but does not raise")
 def test_a_race_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that does not wait for its pages is caught: the tests above can fail."""
-    original = tpu._Kernel.copy_block
+    original = tpu.Kernel.copy_block
 
     def copy_and_never_wait(self: Any, cursor: Any, slot: Any, *, wait: bool) -> None:
         if not wait:
             original(self, cursor, slot, wait=False)
 
-    monkeypatch.setattr(tpu._Kernel, "copy_block", copy_and_never_wait)
+    monkeypatch.setattr(tpu.Kernel, "copy_block", copy_and_never_wait)
     ragged = Ragged(tpu_case(num_heads=1, num_kv_heads=1), [(9, 1)], 1, 1, 4)
     try:
         with pytest.raises(Exception, match=r"(?i)race|mismatch"):

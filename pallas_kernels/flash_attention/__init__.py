@@ -1,0 +1,1 @@
+"""Flash attention: whole sequences, keys and values in one piece."""
