@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.merge_attention.reference import merge
+from pallas_kernels.paged_attention.arguments import check
 from pallas_kernels.paged_attention.gpu_kernel import Kernel
 from pallas_kernels.paged_attention.gpu_layout import (
     ALIGNMENT,
@@ -123,7 +124,7 @@ def paged_attention(
     interpret: an `InterpretGPUParams`, to simulate on a CPU.
     Returns ([T, N, H] in q's dtype, zero for padding tokens; the pool).
     """
-    _check(case, q, k, v, pool, sinks)
+    check("GPU", supports, pool_shape, case, q, k, v, pool, sinks)
     blocks = blocks or choose_blocks(case, chip_name())
     padded = pool.shape[-1]
 
@@ -146,30 +147,6 @@ def paged_attention(
             mixed *= jax.nn.sigmoid(lse[own] - sinks.astype(jnp.float32))[..., None]
         result = jnp.where((tiles.of_token >= 0)[:, None, None], mixed, result)
     return result[..., : case.head_dim].astype(q.dtype), jax.freeze(held)
-
-
-def _check(
-    case: Case, q: jax.Array, k: jax.Array | None, v: jax.Array | None, pool: jax.Array, sinks: jax.Array | None
-) -> None:
-    reason = supports(case)
-    if reason is not None:
-        raise ValueError(f"the GPU kernel cannot serve {case}: {reason}")
-    expected: dict[str, tuple[jax.Array, tuple[int, ...]]] = {"q": (q, (q.shape[0], case.num_heads, case.head_dim))}
-    if (k is None) != (v is None):
-        raise ValueError("one of k and v is None; give both, or neither where the pool holds them")
-    if k is not None and v is not None:
-        shape = (q.shape[0], case.num_kv_heads, case.head_dim)
-        expected |= {"k": (k, shape), "v": (v, shape)}
-    expected["pool"] = (pool, pool_shape(case, pool.shape[0]))
-    if case.has_sinks != (sinks is not None):
-        raise ValueError(f"has_sinks={case.has_sinks}, but sinks are {'given' if sinks is not None else 'missing'}")
-    if sinks is not None:
-        expected["sinks"] = (sinks, (case.num_heads,))
-    for name, (array, shape) in expected.items():
-        if array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}; this case needs {shape}")
-    if pool.dtype.name != case.dtype:
-        raise ValueError(f"the pool is of {pool.dtype.name}; this case needs {case.dtype}")
 
 
 def _call(

@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.paged_attention.arguments import check
 from pallas_kernels.paged_attention.tpu_kernel import Kernel
 from pallas_kernels.paged_attention.tpu_layout import (
     LANES,
@@ -129,7 +130,7 @@ def paged_attention(
     Returns ([T, N, H] in q's dtype, zero for padding tokens; the pool).
     """
     layout = Layout.of(case)
-    _check(case, q, k, v, pool, sinks)
+    check("TPU", supports, pool_shape, case, q, k, v, pool, sinks)
     table_width = rows[0].table.shape[0] // (rows[0].query_start.shape[0] - 2)
     blocks = blocks or choose_blocks(case, q.shape[0], table_width, chip_name())
     padding = ((0, 0), (0, layout.heads - case.num_heads), (0, layout.key_lanes - case.head_dim))
@@ -148,30 +149,6 @@ def paged_attention(
     assert out is not None
     first = layout.value_start - layout.value_first
     return out[:, : case.num_heads, first : first + case.head_dim].astype(q.dtype), pool
-
-
-def _check(
-    case: Case, q: jax.Array, k: jax.Array | None, v: jax.Array | None, pool: jax.Array, sinks: jax.Array | None
-) -> None:
-    reason = supports(case)
-    if reason is not None:
-        raise ValueError(f"the TPU kernel cannot serve {case}: {reason}")
-    expected: dict[str, tuple[jax.Array, tuple[int, ...]]] = {"q": (q, (q.shape[0], case.num_heads, case.head_dim))}
-    if (k is None) != (v is None):
-        raise ValueError("one of k and v is None; give both, or neither where the pool holds them")
-    if k is not None and v is not None:
-        shape = (q.shape[0], case.num_kv_heads, case.head_dim)
-        expected |= {"k": (k, shape), "v": (v, shape)}
-    expected["pool"] = (pool, pool_shape(case, pool.shape[0]))
-    if case.has_sinks != (sinks is not None):
-        raise ValueError(f"has_sinks={case.has_sinks}, but sinks are {'given' if sinks is not None else 'missing'}")
-    if sinks is not None:
-        expected["sinks"] = (sinks, (case.num_heads,))
-    for name, (array, shape) in expected.items():
-        if array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}; this case needs {shape}")
-    if pool.dtype.name != case.dtype:
-        raise ValueError(f"the pool is of {pool.dtype.name}; this case needs {case.dtype}")
 
 
 def _side_by_side(case: Case, layout: Layout, k: jax.Array, v: jax.Array) -> jax.Array:

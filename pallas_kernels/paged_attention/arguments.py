@@ -1,0 +1,47 @@
+"""The arguments that every kernel of this operation takes, checked when it is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+
+if TYPE_CHECKING:
+    from pallas_kernels.paged_attention.tpu_layout import Case
+
+
+def check(
+    kernel: str,
+    supports: Callable[[Case], str | None],
+    pool_shape: Callable[[Case, int], tuple[int, ...]],
+    case: Case,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    pool: jax.Array,
+    sinks: jax.Array | None,
+) -> None:
+    """ValueError, with the values, for a case that the kernel does not serve and for arrays that are not the case's.
+
+    supports, pool_shape: the kernel's own.
+    """
+    reason = supports(case)
+    if reason is not None:
+        raise ValueError(f"the {kernel} kernel cannot serve {case}: {reason}")
+    expected: dict[str, tuple[jax.Array, tuple[int, ...]]] = {"q": (q, (q.shape[0], case.num_heads, case.head_dim))}
+    if (k is None) != (v is None):
+        raise ValueError("one of k and v is None; give both, or neither where the pool holds them")
+    if k is not None and v is not None:
+        shape = (q.shape[0], case.num_kv_heads, case.head_dim)
+        expected |= {"k": (k, shape), "v": (v, shape)}
+    expected["pool"] = (pool, pool_shape(case, pool.shape[0]))
+    if case.has_sinks != (sinks is not None):
+        raise ValueError(f"has_sinks={case.has_sinks}, but sinks are {'given' if sinks is not None else 'missing'}")
+    if sinks is not None:
+        expected["sinks"] = (sinks, (case.num_heads,))
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}; this case needs {shape}")
+    if pool.dtype.name != case.dtype:
+        raise ValueError(f"the pool is of {pool.dtype.name}; this case needs {case.dtype}")
