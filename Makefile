@@ -12,7 +12,7 @@ SMOKE ?= tests/test_imports.py tests/test_config.py tests/metrics tests/run test
 
 .PHONY: demo test lint test-other-python aot clean
 
-demo: $(VENV)/installed-test
+demo: $(VENV)/installed-serve
 	mkdir -p out
 	$(BIN)/python -m jaxinfer.run --input examples/prompts.jsonl --output out/demo.jsonl --overwrite
 

@@ -54,6 +54,7 @@ class Backend:
     pool_shape  shape of one layer's pool of keys and values: axis 0 is pages, the rest the backend's own layout
     prepare     arrays derived from the batch and one KV group's table, once a step, for all layers of the case
     run         the attention of one layer
+    only_asked  None, or why the backend is not chosen unless the user names it
     """
 
     name: str
@@ -61,16 +62,19 @@ class Backend:
     pool_shape: Callable[[AttentionCase, int], tuple[int, ...]] = field(repr=False)
     prepare: Callable[[AttentionCase, RaggedBatch, int], Any] = field(repr=False)
     run: Run = field(repr=False)
+    only_asked: str | None = field(default=None, repr=False)
 
 
-def _backend(name: str, module: Any) -> Backend:
-    return Backend(name, module.supports, module.pool_shape, module.prepare, module.run)
+def _backend(name: str, module: Any, only_asked: str | None = None) -> Backend:
+    return Backend(name, module.supports, module.pool_shape, module.prepare, module.run, only_asked)
 
 
 # Best first; "xla" serves every case, so the search always ends.
 BACKENDS: tuple[Backend, ...] = (
     _backend("pallas_tpu", paged_attention_tpu),
-    _backend("pallas_gpu", paged_attention_gpu),
+    _backend(
+        "pallas_gpu", paged_attention_gpu, "it was simulated and compiled, but has never run on a GPU; name it to try"
+    ),
     _backend("xla", paged_attention_xla),
     _backend("reference", paged_attention_reference),
 )
@@ -92,7 +96,7 @@ def choose_backend(case: AttentionCase, forced: str | None = None) -> tuple[Back
         return backend, {}
     refusals: dict[str, str] = {}
     for backend in BACKENDS:
-        reason = backend.supports(case)
+        reason = backend.supports(case) or backend.only_asked
         if reason is None:
             return backend, refusals
         refusals[backend.name] = reason
