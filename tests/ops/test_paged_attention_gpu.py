@@ -88,7 +88,7 @@ def ragged_batches(draw: st.DrawFn) -> Ragged:
 
 @simulated
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(ragged=ragged_batches())
 def test_matches_oracle_and_leaks_no_nan(ragged: Ragged) -> None:
     check(ragged)
