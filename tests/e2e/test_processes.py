@@ -42,7 +42,8 @@ def test_cache_directory_that_cannot_be_made(
     with caplog.at_level(logging.WARNING):
         llm = LLM(model_directory, compilation_cache_dir=str(tmp_path / "file" / "compiled"), **SIZES)
     assert "compiled programs are not kept" in caplog.text
-    assert llm.engine.stats().num_programs_compiled > 0
+    stats = llm.engine.stats()
+    assert stats.num_programs_compiled + stats.num_programs_loaded > 0
 
 
 def test_two_devices_give_the_tokens_of_one(compiled_programs: Path) -> None:
