@@ -34,7 +34,15 @@ log = logging.getLogger(__name__)
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 # Programs that call back into Python (kernels in interpret mode), and devices whose programs can not leave the process.
-_NOT_WRITTEN_OUT = (AttributeError, TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
+# How pickle says the first depends on what it meets, and on Python's release.
+_NOT_WRITTEN_OUT = (
+    AttributeError,
+    TypeError,
+    pickle.PicklingError,
+    ValueError,
+    NotImplementedError,
+    jax.errors.JaxRuntimeError,
+)
 
 
 class ProgramStore:

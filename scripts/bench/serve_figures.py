@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -250,11 +251,8 @@ def _three(values: list[float]) -> str:
 
 def report(model: str | None, rounds: int, seconds: float, plot: str | None) -> int:
     """Run everything and print it. ValueError where the plot could not be drawn."""
-    if plot is not None:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"--plot: {error}; pip install 'jaxinfer[bench]'") from error
+    if plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib; pip install 'jaxinfer[bench]'")
     engine = Engine(EngineConfig(model or str(default_model()), max_num_seqs=NUM_STREAMS))
     engine.warm_up()
     print(f"{engine.loaded.directory.name} on {platform.processor() or platform.machine()}\n{engine.plan.describe()}\n")

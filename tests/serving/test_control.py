@@ -122,20 +122,20 @@ def test_load(llm: LLM, model_directory: Path, tmp_path: Path) -> None:
     long = "the same long prompt, cached"
     greedy = SamplingParams(max_tokens=12, **GREEDY)
     (before,) = llm.generate(long, greedy)
-    target = other_weights(model_directory, tmp_path / "root" / "other")
+    target = other_weights(model_directory, tmp_path / "allowed" / "other")
     llm.update_params(load_model(target).params)
     (expected,) = llm.generate(long, greedy)
     llm.update_params(params)
     assert before.outputs[0].token_ids != expected.outputs[0].token_ids
-    different = tmp_path / "root" / "different"
+    different = tmp_path / "allowed" / "different"
     shutil.copytree(model_directory, different)
     config = (different / "config.json").read_text()
     (different / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     assert (different / "config.json").read_text() != config
-    (tmp_path / "root" / "link").symlink_to(model_directory)
+    (tmp_path / "allowed" / "link").symlink_to(model_directory)
 
     async def scenario() -> None:
-        control_config = ControlConfig(port=0, load_root=tmp_path / "root")
+        control_config = ControlConfig(port=0, load_root=tmp_path / "allowed")
         async with controlled(engine, control_config) as (_, client, control):
             for _ in range(2):
                 answer = await client.generate(long, max_tokens=12, **GREEDY)
@@ -153,7 +153,7 @@ def test_load(llm: LLM, model_directory: Path, tmp_path: Path) -> None:
             for path, words in (
                 ("", "no directory below --load-root"),
                 ("..", "no directory below --load-root"),
-                ("../root/../..", "no directory below --load-root"),
+                ("../allowed/../..", "no directory below --load-root"),
                 (str(model_directory), "no directory below --load-root"),
                 ("link", "no directory below --load-root"),
                 ("none", "no directory below --load-root"),
