@@ -20,6 +20,7 @@ from grpc.aio import EOF  # pyright: ignore[reportAttributeAccessIssue]
 from serving.engine_loop import stalled
 from serving.errors import RequestError
 from serving.frontend import Frontend
+from serving.tracing import note_caller
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,20 @@ class Service:
 
 def _shutting_down() -> RequestError:
     return RequestError("UNAVAILABLE", "the server is shutting down; send what has no status elsewhere", 1.0)
+
+
+class CallerNote(grpc.aio.ServerInterceptor):
+    """Remembers the trace that a call belongs to."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Called by gRPC before each call, in its task."""
+        details: Any = handler_call_details
+        note_caller(details.invocation_metadata)
+        return await continuation(handler_call_details)
 
 
 class MessageCheck(grpc.aio.ServerInterceptor):

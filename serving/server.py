@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from serving import health
-from serving.calls import MessageCheck
+from serving.calls import CallerNote, MessageCheck
 from serving.control import Control, ControlConfig
 from serving.frontend import Frontend
 from serving.generated import control_pb2_grpc, inference_pb2_grpc, models_pb2_grpc, open_inference_pb2_grpc
@@ -27,7 +27,7 @@ from serving.open_inference import SERVICE as OPEN_INFERENCE
 from serving.open_inference import OpenInference
 from serving.security import TlsFiles, TokenCheck, Tokens, is_loopback
 from serving.settings import Limits
-from serving.tracing import CallerNote, Tracer
+from serving.tracing import Tracer
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter

@@ -7,11 +7,9 @@ A caller's own trace goes on: its `traceparent` (https://www.w3.org/TR/trace-con
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
-
-import grpc
 
 from serving.deltas import End
 from serving.errors import RequestError
@@ -34,20 +32,6 @@ def note_caller(headers: Iterable[tuple[str, Any]]) -> None:
 
 def caller() -> Mapping[str, str]:
     return _CALLER.get({})
-
-
-class CallerNote(grpc.aio.ServerInterceptor):
-    """`note_caller` for gRPC."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        """Called by gRPC before each call, in its task."""
-        details: Any = handler_call_details
-        note_caller(details.invocation_metadata)
-        return await continuation(handler_call_details)
 
 
 class Tracer:

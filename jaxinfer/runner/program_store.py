@@ -129,9 +129,9 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
+        lines = [f"model name {platform.processor()}"]  # which starts a process of its own on some systems
     told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([f"{os.cpu_count()} {platform.machine()} {platform.processor()}", *sorted(told)])
+    return "\n".join([f"{os.cpu_count()} {platform.machine()}", *sorted(told)])
 
 
 def _settings(mesh: Mesh) -> str:

@@ -99,6 +99,7 @@ class Runner:
         self._segments = segments(plan)
         functions = [segment.function for segment in self._segments]
         self._same_as = [functions.index(function) for function in functions]
+        self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what its `begin` returns, once traced
         self.set_params(params)
         self._programs = Programs(metrics, None if kept_in is None else self._store(kept_in))
         self._table = SamplingTable(plan.max_num_seqs)
@@ -263,7 +264,10 @@ class Runner:
 
     def _trace_begin(self, layout: BatchLayout) -> jax.stages.Traced:
         run = jax.jit(partial(step.begin, self.model, self.plan, layout), out_shardings=self._replicated)
-        return run.trace(self._ends, self._state.last_tokens, self._host((layout.size,)))
+        traced = run.trace(self._ends, self._state.last_tokens, self._host((layout.size,)))
+        shapes = jax.tree.map(lambda leaf: self._host(leaf.shape, leaf.dtype), traced.out_info)
+        self._begun[layout.num_tokens] = shapes
+        return traced
 
     def _layers(self, layout: BatchLayout, number: int) -> Any:
         """The program of a segment, which it shares with those of the same function."""
@@ -271,8 +275,9 @@ class Runner:
         segment = self._segments[number]
 
         def lower() -> jax.stages.Lowered:
-            begun = self._trace_begin(layout).out_info
-            stream, prepared = jax.tree.map(lambda leaf: self._host(leaf.shape, leaf.dtype), begun)
+            if layout.num_tokens not in self._begun:  # `begin` came from the store
+                self._trace_begin(layout)
+            stream, prepared = self._begun[layout.num_tokens]
             run = jax.jit(
                 partial(step.run_layers, self.model, self.plan, layout, segment),
                 donate_argnums=(1, 2),

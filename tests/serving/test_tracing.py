@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import grpc
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
@@ -117,3 +122,35 @@ def test_failure_is_the_spans_status(engine: Engine, monkeypatch: pytest.MonkeyP
 def test_endpoint_that_is_no_url() -> None:
     with pytest.raises(ValueError, match="--otlp-endpoint localhost:4318 is no URL; give one such as http://"):
         otlp_exporter("localhost:4318")
+
+
+def test_collector_gets_the_span(engine: Engine) -> None:
+    """The exporter that --otlp-endpoint makes, and a collector of OTLP over HTTP."""
+    received: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            received.append((self.path, gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        exporter = otlp_exporter(f"http://127.0.0.1:{collector.server_port}/v1/traces")
+
+        async def scenario() -> None:
+            async with serving(engine, spans=exporter) as server, AsyncClient(address(server)) as client:
+                await client.generate([1, 2, 3], max_tokens=2, **GREEDY)
+
+        run(scenario())
+        collector.shutdown()
+    ((path, body),) = received
+    assert path == "/v1/traces"
+    (resource,) = ExportTraceServiceRequest.FromString(body).resource_spans
+    (span,) = resource.scope_spans[0].spans
+    assert span.name == "generate small"
+    assert {item.key: item.value.int_value for item in span.attributes}["gen_ai.usage.output_tokens"] == 2
