@@ -375,7 +375,7 @@ class EngineLoop:
         self._stopping = True
 
     def _leave_nothing(self, engine: Engine) -> None:
-        for request_id in list(self._jobs):
+        for request_id in (*self._jobs, _PROBE):
             engine.abort(request_id)
         self._jobs.clear()
 

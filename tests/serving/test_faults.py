@@ -164,6 +164,28 @@ def test_an_idle_server_proves_itself_well_again(engine: Engine, monkeypatch: py
 
 
 @pytest.mark.parametrize("errors_expected", [True])
+def test_a_server_stopped_before_it_is_well_again_leaves_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        brake = Brake(engine, monkeypatch)
+        async with connected(engine) as (server, client):
+            begun = client._inference.GenerateStream(make_request("begun", max_tokens=50, ignore_eos=True))
+            brake.let(4)
+            assert (await begun.read()).sequences
+            await brake.held_after(4)
+            brake.fail = 1
+            brake.let(1)
+            await refused(_read_all(begun), "INTERNAL")
+            await until(lambda: brake.is_holding)
+            # The probe waits for its step; the stop is read before it is over.
+            server.frontend.engine._commands.put(server.frontend.engine._stop)
+        assert not engine.has_unfinished()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("errors_expected", [True])
 def test_an_engine_that_keeps_failing_is_given_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         brake = Brake(engine, monkeypatch)
