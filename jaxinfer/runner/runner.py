@@ -113,9 +113,7 @@ class Runner:
 
         `tables` are copied before this returns; nothing waits for the device.
         """
-        size = bucket(max(schedule.num_tokens for schedule in schedules), self.plan.token_buckets)
-        layout = self._programs.layout(size)
-        buffer = np.stack([pack(schedule, own, layout) for schedule, own in zip(schedules, tables, strict=True)])
+        layout, buffer = self._pack(schedules, tables)
         for shard, schedule in enumerate(schedules):
             for row in schedule.rows:
                 if row.is_new:
@@ -144,8 +142,16 @@ class Runner:
 
     def reset(self) -> None:
         """Fresh pools and sampler state: at the start, and after a failed step may have left them unusable."""
-        self._pools = empty_pools(self._programs.pools, lambda leaf: self._programs.zeros(leaf)())
-        self._state = jax.tree.map(lambda leaf: self._programs.zeros(leaf)(), self._programs.state)
+        self._pools = empty_pools(self._programs.pools, lambda leaf: self._programs.zeros("pool", leaf)())
+        self._state = self._programs.zeros("state", self._programs.state)()
+
+    def _pack(
+        self, schedules: Several[Schedule], tables: Several[Several[np.ndarray]]
+    ) -> tuple[BatchLayout, np.ndarray]:
+        """The schedules as one buffer [shards, size]."""
+        size = bucket(max(schedule.num_tokens for schedule in schedules), self.plan.token_buckets)
+        layout = self._programs.layout(size)
+        return layout, np.stack([pack(schedule, own, layout) for schedule, own in zip(schedules, tables, strict=True)])
 
     def _run_model(self, layout: BatchLayout, buffer: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Send all layers over packed batches, one a shard: hidden states [shards, T, D], and those of the rows to

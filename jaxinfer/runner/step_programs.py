@@ -70,13 +70,16 @@ class StepPrograms:
         self.copier()
         self.admission()
 
-    def zeros(self, leaf: jax.ShapeDtypeStruct) -> Any:
-        """() -> an array of zeros."""
+    def zeros(self, name: str, leaves: Any) -> Any:
+        """() -> zeros of the leaves' shapes, where they lie."""
+
+        def make() -> Any:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), leaves)
 
         def lower() -> jax.stages.Lowered:
-            return jax.jit(partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=leaf.sharding).lower()
+            return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, leaves)).lower()
 
-        return self._programs.get(("zeros", leaf.shape, leaf.dtype.name, str(leaf.sharding.spec)), lower)
+        return self._programs.get((name, *(leaf.shape for leaf in jax.tree.leaves(leaves))), lower)
 
     def begin(self, layout: BatchLayout) -> Any:
         """(ends, last tokens, buffers) -> Stream, prepared."""
