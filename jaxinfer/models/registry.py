@@ -10,11 +10,15 @@ from jaxinfer.models.families import (
     gemma,
     gemma4,
     gpt_bigcode,
+    gpt_oss,
     llama,
     mistral,
+    mixtral,
     olmo2,
+    olmoe,
     phi3,
     qwen,
+    qwen_moe,
     smollm3,
     starcoder2,
 )
@@ -35,6 +39,11 @@ _FAMILIES = (
     starcoder2.FAMILY,
     olmo2.FAMILY,
     smollm3.FAMILY,
+    mixtral.FAMILY,
+    qwen_moe.QWEN2,
+    qwen_moe.QWEN3,
+    olmoe.FAMILY,
+    gpt_oss.FAMILY,
 )
 
 ARCHITECTURES: dict[str, Family] = {name: family for family in _FAMILIES for name in family.architectures}

@@ -23,6 +23,7 @@ RULES: Mapping[str, str | None] = {
     "ffn": "tensor",
     "vocab": "tensor",
     "experts": "expert",
+    "router": None,
     "tokens": "data",
     "head_dim": None,
     "position": None,
