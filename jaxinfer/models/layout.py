@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxinfer.models.config import ModelConfig
 
 # Axes that programs are not yet written for.
-_UNUSED_AXES = ("stage", "context", "expert")
+_UNUSED_AXES = ("stage", "context")
 
 
 def check_layout(config: ModelConfig, mesh: Mesh) -> None:
@@ -21,7 +21,7 @@ def check_layout(config: ModelConfig, mesh: Mesh) -> None:
     for axis in _UNUSED_AXES:
         if sizes[axis] > 1:
             raise ValueError(
-                f"mesh axis {axis}={sizes[axis]}: models are not spread over {axis!r}; use data, fsdp, tensor"
+                f"mesh axis {axis}={sizes[axis]}: models are not spread over {axis!r}; use data, fsdp, expert, tensor"
             )
     tensor = sizes["tensor"]
     for index, layer in enumerate(config.layers):
@@ -35,6 +35,15 @@ def check_layout(config: ModelConfig, mesh: Mesh) -> None:
             raise ValueError(
                 f"mesh axis tensor={tensor} neither divides num_kv_heads={layer.num_kv_heads} of layer {index} nor is "
                 f"a multiple of it; use one of {_divisors(config)}"
+            )
+    experts = {layer.experts.num_experts for layer in config.layers if layer.experts is not None}
+    if sizes["expert"] > 1 and not experts:
+        raise ValueError(f"mesh axis expert={sizes['expert']}: this model has no experts; use data")
+    for num_experts in experts:
+        if num_experts % sizes["expert"]:
+            raise ValueError(
+                f"mesh axis expert={sizes['expert']} does not divide the model's {num_experts} experts; "
+                "use a size that does"
             )
     if config.hidden_size % sizes["fsdp"]:
         raise ValueError(

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxinfer.sharding.mesh import AXES
 from jaxinfer.sharding.rules import STORED_APART, mesh_axes
 
-SHARDS = ("data", "fsdp")
+SHARDS = ("data", "fsdp", "expert")
 PER_SHARD = PartitionSpec(SHARDS)
 PER_DEVICE = PartitionSpec(AXES)
 
@@ -110,6 +110,16 @@ def sum_parts(x: jax.Array, *axes: str) -> jax.Array:
 def mean_parts(x: jax.Array, *axes: str) -> jax.Array:
     """The mean of what the devices that share these logical axes have."""
     return jax.lax.pmean(x, mesh_axes(axes))
+
+
+def all_rows(x: jax.Array, axis: str) -> jax.Array:
+    """The rows [T, ...] of all devices that share a logical axis, one device's after another's."""
+    return jax.lax.all_gather(x, mesh_axes((axis,)), axis=0, tiled=True)
+
+
+def sum_own_rows(x: jax.Array, axis: str) -> jax.Array:
+    """Of `all_rows` of the devices that share a logical axis, the sum of this device's own rows."""
+    return jax.lax.psum_scatter(x, mesh_axes((axis,)), scatter_dimension=0, tiled=True)
 
 
 def place_on(axis: str) -> jax.Array:

@@ -20,6 +20,9 @@ LAYOUTS = {
     "gemma2": ["data=2,tensor=2"],  # windows, soft caps
     "gemma4_e": ["data=2,fsdp=2"],  # keys shared across layers, per-layer inputs, two head dims
     "olmo2": ["tensor=2"],  # a norm over all heads
+    "qwen2_moe_step": ["tensor=2"],  # a shared expert, dense layers between
+    "qwen3_moe_windows": ["data=2,expert=2,tensor=2"],
+    "gpt_oss": ["expert=5", "tensor=2"],  # sinks, biases
 }
 
 
@@ -53,7 +56,8 @@ REFUSALS = {
     "tensor=3": "mesh axis tensor=3 neither divides num_kv_heads=2 of layer 0 nor is a multiple of it; "
     "use one of 1, 2, 6",
     "fsdp=7": "mesh axis fsdp=7 does not divide the model's width of 30; use a size that does",
-    "stage=2": "mesh axis stage=2: models are not spread over 'stage'; use data, fsdp, tensor",
+    "stage=2": "mesh axis stage=2: models are not spread over 'stage'; use data, fsdp, expert, tensor",
+    "expert=2": "mesh axis expert=2: this model has no experts; use data",
     "data=9": "mesh='data=9' needs 9 devices and 8 are there; choose axis sizes that multiply to 8",
 }
 
