@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 # What makes a small engine do all it can: chunks, rings, preemption, prefix hits, samples that share pages.
-SIZES = {"max_model_len": 64, "page_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16, "num_pages": 30}
+SIZES = {"max_model_len": 64, "page_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16, "num_pages": 20}
 
 
 def main(arguments: str) -> None:
