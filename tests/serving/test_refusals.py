@@ -106,6 +106,27 @@ def test_overload_in_requests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     run(scenario())
 
 
+def test_too_many_calls(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that send nothing take no place in the queue, but do not come without end either."""
+
+    async def scenario() -> None:
+        brake = Brake(engine, monkeypatch)
+        async with connected(engine, Limits(max_connections=2)) as (server, client):
+            silent = client._inference.GenerateMany()
+            inside = asyncio.create_task(client.generate(PROMPT, max_tokens=4, **GREEDY))
+            await until(lambda: server.frontend._num_calls == 2)
+            await refused(client.generate(PROMPT), "RESOURCE_EXHAUSTED", "2 calls are open", "takes 2")
+            await refused(client.models(), "RESOURCE_EXHAUSTED", "2 calls are open")
+            assert await client.is_serving()
+            silent.cancel()
+            await until(lambda: server.frontend._num_calls == 1)
+            assert await client.models()
+            brake.release()
+            await inside
+
+    run(scenario())
+
+
 def test_overload_in_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         brake = Brake(engine, monkeypatch)

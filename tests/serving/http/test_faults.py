@@ -167,7 +167,7 @@ def test_overload(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
             brake.release()
             answers = await asyncio.gather(*inside)
             assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
-            assert server.frontend.num_refused == {"RESOURCE_EXHAUSTED": 11}
+            assert server.frontend.refusals.counts == {"RESOURCE_EXHAUSTED": 11}
 
     run(scenario())
 
