@@ -12,7 +12,7 @@ from collections import Counter
 log = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 1.0  # of one reason
-_MAX_CHARACTERS = 200  # of a message, which may quote what a client sent
+_MAX_CHARACTERS = 200  # of a text, which may quote what a client sent
 
 
 class Refusals:
@@ -38,6 +38,7 @@ class Refusals:
             self._num_unsaid[reason] += 1
             return
         self._quiet_until[reason] = now + _SECONDS_BETWEEN_LINES
-        fields = {"reason": reason.lower(), "error": message[:_MAX_CHARACTERS], **where}
+        texts = {"reason": reason.lower(), "error": message, **where}
+        fields = {name: text[:_MAX_CHARACTERS] for name, text in texts.items()}
         unsaid = self._num_unsaid.pop(reason, 0)
         log.info("refused", extra={"fields": {**fields, "unlogged": unsaid} if unsaid else fields})

@@ -23,7 +23,7 @@ from serving.client import AsyncClient
 
 Outcome = tuple[float, list[tuple[float, int]], float, str | None]
 
-_NUM_EMPTY, _EMPTY_PAUSE = 9, 0.05
+_NUM_EMPTY, _EMPTY_PAUSE = 5, 0.02
 
 
 async def one(client: AsyncClient, origin: float, start: float, prompt: list[int], max_tokens: int) -> Outcome:

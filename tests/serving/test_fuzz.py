@@ -198,7 +198,6 @@ def test_mutated_messages(engine: Engine, seed: int) -> None:
             assert (await client.generate("still there", max_tokens=2)).usage is not None
 
     run(scenario(), 60 + NUM_MESSAGES / 50)
-    print(sorted(outcomes.items()))
     assert not defects, "\n".join(defects[:5])
     accepted = sum(count for (_, code), count in outcomes.items() if code == "OK")
     assert sum(outcomes.values()) == NUM_MESSAGES

@@ -166,7 +166,6 @@ def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.Mo
     run(scenario(), 60 + NUM_REQUESTS / 20)
     assert begun == ended
     assert set(begun.values()) == {1}
-    print(sorted(outcomes.items()))
     assert sum(outcomes.values()) == NUM_REQUESTS
     codes = {outcome.split()[1] for outcome in outcomes}
     assert codes <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED"}, outcomes

@@ -144,4 +144,3 @@ def test_mutated_bodies(engine: Engine) -> None:
     run(scenario(), 60 + NUM_BODIES / 50)
     assert sum(statuses.values()) == NUM_BODIES
     assert min(statuses[200], statuses[400]) > NUM_BODIES // 5, statuses
-    print(statuses)
