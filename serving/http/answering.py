@@ -116,7 +116,8 @@ class Answer:
                 prompt, echo = self._prompts[number], self._echoes[number]
                 text, unscored = echo.text + text, echo.first_token
                 if scores is not None and prompt.logprobs is not None:
-                    token_ids, scores = [*prompt.token_ids, *token_ids], [*prompt.logprobs, *scores]
+                    scored = prompt.token_ids[: len(prompt.logprobs)]  # not all, where the request ended too soon
+                    token_ids, scores = [*scored, *token_ids], [*prompt.logprobs, *scores]
             choice["text"] = text
             choice["logprobs"] = logprobs = completion_logprobs(token_ids, scores, offset, unscored)
             if logprobs is not None:
