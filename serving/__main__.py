@@ -87,7 +87,8 @@ def parser() -> argparse.ArgumentParser:
     limit("--max-unread-tokens", "N", int, "tokens that a stream's reader may leave unread (default: 16384)")
     limit("--stall-seconds", "S", float, "how long a reader may read nothing (default: 30)")
     limit("--max-message-bytes", "N", int, "size of a request (default: 16 MiB)")
-    limit("--stream-pause", "S", float, "collect a stream's text so long at most, under load (default: 0.1; 0 is off)")
+    limit("--max-connections", "N", int, "open HTTP connections, and gRPC calls (default: 256 and the requests taken)")
+    limit("--stream-pause", "S", float, "collect a stream's text so long at most, under load (default: 0.15; 0 is off)")
     limit("--step-timeout", "S", float, "a step that takes longer hangs, and the process ends (default: 120)")
     add_engine_flags(result)
     return result

@@ -20,6 +20,7 @@ from grpc.aio import EOF  # pyright: ignore[reportAttributeAccessIssue]
 from serving.engine_loop import stalled
 from serving.errors import RequestError
 from serving.frontend import Frontend
+from serving.refusals import Refusals
 from serving.tracing import note_caller
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,9 @@ class CallerNote(grpc.aio.ServerInterceptor):
 class MessageCheck(grpc.aio.ServerInterceptor):
     """INVALID_ARGUMENT for a call's only message if it is none of this protocol; gRPC itself would say INTERNAL."""
 
+    def __init__(self, refusals: Refusals) -> None:
+        self._refusals = refusals
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
@@ -144,6 +148,7 @@ class MessageCheck(grpc.aio.ServerInterceptor):
                 request = handler.request_deserializer(raw)
             except DecodeError as error:
                 unreadable = RequestError("INVALID_ARGUMENT", f"the message cannot be read: {error}")
+                self._refusals.note(unreadable.code, unreadable.message, caller=context.peer())
                 await abort_call(context, unreadable, patience=1.0)
             return await answer(request, context)
 
@@ -156,7 +161,8 @@ def answered(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
     @functools.wraps(method)
     async def answer(self: Any, request: Any, context: Context) -> Any:
         try:
-            return await method(self, request, context)
+            with self.frontend.open_call():
+                return await method(self, request, context)
         except RequestError as error:
             await abort_call(context, error, self.frontend.limits.stall_seconds)
         except grpc.aio.AbortError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,7 +35,11 @@ _T = TypeVar("_T")
 MAX_FAILURES = 3
 # A message costs about as much as a small model's token does, so what comes within a pause goes out as one. The pause
 # grows with the number of requests up to Limits.stream_pause; a first token never waits, nor does one that is alone.
-PAUSE_PER_REQUEST = 0.003
+# All streams are sent to at the same moment: messages that follow each other cost a quarter less than scattered ones.
+PAUSE_PER_REQUEST = 0.005
+# How long the event loop may keep Python to itself while the engine's thread wants it. Python's own 5 ms are half a
+# step of a small model, in which the device would have nothing to do.
+_SWITCH_SECONDS = 0.001
 _PROBE = "probe"
 
 
@@ -152,7 +157,6 @@ class _Job:
     is_waiting: bool = True
     was_retried: bool = False
     has_more: bool = False  # than was sent
-    due: float = 0.0  # when the next addition may be sent
 
 
 class EngineLoop:
@@ -187,6 +191,7 @@ class EngineLoop:
         self._num_begun = 0  # steps and commands
         self._is_busy = False
         self._jobs: dict[str, _Job] = {}
+        self._last_sent = 0.0  # when all streams were sent what there was
         self._num_failures = 0
         self._is_unproven = False
         self._stopping = False
@@ -197,6 +202,7 @@ class EngineLoop:
         opened: asyncio.Future[Engine] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name="engine", daemon=True)
         self._thread.start()
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         engine = await opened
         self._watch = asyncio.create_task(self._watch_steps())
         return engine
@@ -444,12 +450,14 @@ class EngineLoop:
             else:
                 job.has_more = job.stream.is_streamed
         now = time.monotonic()
-        pause = min(PAUSE_PER_REQUEST * (len(self._jobs) - 1), self._limits.stream_pause)
+        is_due = now - self._last_sent >= min(PAUSE_PER_REQUEST * (len(self._jobs) - 1), self._limits.stream_pause)
+        if is_due:
+            self._last_sent = now
         for job in self._jobs.values():
-            if job.has_more and now >= job.due:
-                assert job.deltas is not None
+            assert job.deltas is not None
+            if job.has_more and (is_due or not job.deltas.has_given):
                 messages.append((job.stream.give, job.deltas.take()))
-                job.has_more, job.due = False, now + pause
+                job.has_more = False
         for job in [job for job in self._jobs.values() if job.is_waiting]:
             assert job.output is not None
             if job.output.metrics.first_scheduled_time is not None:

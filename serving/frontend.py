@@ -6,7 +6,6 @@ import asyncio
 import functools
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,12 +20,14 @@ from serving.admission import Admission
 from serving.conversation import Conversation
 from serving.deltas import End
 from serving.engine_loop import EngineLoop, RequestStream
-from serving.errors import Code, RequestError
+from serving.errors import RequestError
 from serving.logs import log_request
+from serving.refusals import Refusals
 from serving.settings import (
     MAX_PROMPT_BYTES_PER_TOKEN,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
+    SPARE_CONNECTIONS,
     Limits,
     ModelFacts,
 )
@@ -77,10 +78,11 @@ class Frontend:
         self.on_end: list[Callable[[Ask, Request, Mapping[str, str], End | RequestError], None]] = []
         self.healthy = False
         self.engine_metrics: EngineMetrics | None = None  # once the model is loaded
-        self.num_refused: Counter[Code] = Counter()  # requests refused, or cut off before their end
+        self.refusals = Refusals()
         self.draining = asyncio.Event()
         self.dead: asyncio.Event = asyncio.Event()
         self.cause_of_death: BaseException | None = None
+        self._num_calls = 0
         self._numbers = itertools.count()
         # One thread: tokenizers are not made for several at once, and two cores have better things to do.
         self._executor = ThreadPoolExecutor(1, "tokenizer")
@@ -175,17 +177,38 @@ class Frontend:
 
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:
-        """A RequestError raised inside is counted; `submit` counts its own."""
+        """A RequestError raised inside is counted and logged; `submit` does so with its own."""
         try:
             yield
         except RequestError as error:
-            self.num_refused[error.code] += 1
+            self.refusals.note(error.code, error.message)
             raise
+
+    @property
+    def max_connections(self) -> int:
+        """How many HTTP connections, or gRPC calls, may be open at a time."""
+        if self.limits.max_connections is not None:
+            return self.limits.max_connections
+        return self.admission.max_requests + SPARE_CONNECTIONS
+
+    @contextmanager
+    def open_call(self) -> Iterator[None]:
+        """A gRPC call is open for as long as this is; RequestError where too many are."""
+        most = self.max_connections
+        with self.counting_refusals():
+            if self._num_calls >= most:
+                message = f"{self._num_calls} calls are open, and the server takes {most}; end some, or try again later"
+                raise RequestError("RESOURCE_EXHAUSTED", message, 1.0)
+        self._num_calls += 1
+        try:
+            yield
+        finally:
+            self._num_calls -= 1
 
     def _ended(self, ask: Ask, request: Request, caller: Mapping[str, str], how: End | RequestError) -> None:
         error = how if isinstance(how, RequestError) else how.error
         if error is not None:
-            self.num_refused[error.code] += 1
+            self.refusals.count(error.code)
         log_request(ask.name or request.request_id, self.name, len(request.prompt_token_ids), how)
         for tell in self.on_end:
             tell(ask, request, caller, how)

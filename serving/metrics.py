@@ -149,11 +149,11 @@ class _FrontendCollector(Collector):
         yield healthy
         refused = CounterMetricFamily(
             "jaxinfer_requests_rejected",
-            "Requests refused, or cut off by the server, by status.",
+            "Calls refused, or cut off by the server, by status.",
             labels=["model_name", "reason"],
         )
-        for code, count in sorted(frontend.num_refused.items()):
-            refused.add_metric([*model, code.lower()], count)
+        for reason, count in sorted(frontend.refusals.counts.items()):
+            refused.add_metric([*model, reason.lower()], count)
         yield refused
         if frontend.engine_metrics is None:
             return

@@ -14,8 +14,10 @@ from typing import Any
 import grpc
 
 from serving import health
+from serving.refusals import Refusals
 
 MIN_TOKEN_CHARACTERS = 16
+NO_TOKEN = "send one of the server's tokens: authorization: Bearer TOKEN"
 
 
 class Tokens:
@@ -116,11 +118,10 @@ def is_loopback(host: str) -> bool:
 class TokenCheck(grpc.aio.ServerInterceptor):
     """Refuses every method, known or not, without one of the tokens; health by choice."""
 
-    def __init__(self, tokens: Tokens, health_is_open: bool) -> None:
+    def __init__(self, tokens: Tokens, health_is_open: bool, refusals: Refusals) -> None:
         self._tokens = tokens
         self._health_is_open = health_is_open
-        # A handler that reads nothing refuses calls of any kind.
-        self._refuse = grpc.stream_stream_rpc_method_handler(_refuse)
+        self._refusals = refusals
 
     async def intercept_service(
         self,
@@ -134,8 +135,9 @@ class TokenCheck(grpc.aio.ServerInterceptor):
         headers = [value for key, value in call.invocation_metadata if key == "authorization"]
         if len(headers) == 1 and self._tokens.accept(headers[0]):
             return await continuation(handler_call_details)
-        return self._refuse
 
+        async def refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
+            self._refusals.note("UNAUTHENTICATED", NO_TOKEN, caller=context.peer(), call=call.method)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, NO_TOKEN)
 
-async def _refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "send one of the server's tokens: authorization: Bearer TOKEN")
+        return grpc.stream_stream_rpc_method_handler(refuse)  # one that reads nothing refuses calls of any kind

@@ -25,6 +25,7 @@ from serving.http.listener import Listener
 from serving.metrics import Metrics
 from serving.open_inference import SERVICE as OPEN_INFERENCE
 from serving.open_inference import OpenInference
+from serving.refusals import Refusals
 from serving.security import TlsFiles, TokenCheck, Tokens, is_loopback
 from serving.settings import Limits
 from serving.tracing import Tracer
@@ -78,7 +79,7 @@ class Server:
             self.frontend.on_end.append(self._tracer.record)
         self.port = self.control_port = 0
         self._stop_asked = asyncio.Event()
-        self._grpc = _make_server(config)
+        self._grpc = _make_server(config, self.frontend.refusals)
         inference_pb2_grpc.add_InferenceServicer_to_server(Inference(self.frontend), self._grpc)
         models_pb2_grpc.add_ModelsServicer_to_server(Models(self.frontend), self._grpc)
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInference(self.frontend), self._grpc)
@@ -90,20 +91,26 @@ class Server:
         self._control: Control | None = None
         if config.control is not None:
             self._control = Control(self.frontend, config.control, self._stop_asked.set)
-            self._control_grpc = _make_server(config)
+            self._control_grpc = _make_server(config, self.frontend.refusals)
             control_pb2_grpc.add_ControlServicer_to_server(self._control, self._control_grpc)
         self.http = None if config.http_port is None else self._make_http(config.http_port)
 
     def _make_http(self, port: int) -> Listener:
         config, patience = self.config, self.config.limits.stall_seconds
+
+        def max_connections() -> int:
+            return self.frontend.max_connections
+
         app = Gate(
             make_app(self.frontend, Metrics(self.frontend, config.vllm_metrics)),
             tokens=config.tokens,
             open_paths=PAGE_PATHS | (HEALTH_PATHS if config.health_is_open else frozenset()),
             local_only=is_loopback(config.host) and config.tokens is None and config.tls is None,
             patience=patience,
+            refusals=self.frontend.refusals,
+            max_connections=max_connections,
         )
-        return Listener(app, config.host, port, config.tls.context() if config.tls else None, patience)
+        return Listener(app, config.host, port, config.tls.context() if config.tls else None, patience, max_connections)
 
     async def listen(self) -> None:
         """Take the ports; health says NOT_SERVING. ValueError, in one line, where that cannot be."""
@@ -164,16 +171,17 @@ class Server:
         self.health.set(healthy)
 
 
-def _make_server(config: ServerConfig) -> grpc.aio.Server:
-    checks = [] if config.tokens is None else [TokenCheck(config.tokens, config.health_is_open)]
+def _make_server(config: ServerConfig, refusals: Refusals) -> grpc.aio.Server:
+    checks = [] if config.tokens is None else [TokenCheck(config.tokens, config.health_is_open, refusals)]
     return grpc.aio.server(
-        interceptors=[*checks, CallerNote(), MessageCheck()],
+        interceptors=[*checks, CallerNote(), MessageCheck(refusals)],
         options=[
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
             ("grpc.keepalive_time_ms", 60_000),  # finds clients that went away without a word
             ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.max_connection_idle_ms", 300_000),  # clients connect anew by themselves
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ],
     )

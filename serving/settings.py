@@ -10,6 +10,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
 # More text than this for each token of max_model_len is refused without tokenizing it.
 MAX_PROMPT_BYTES_PER_TOKEN = 32
+SPARE_CONNECTIONS = 256
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Limits:
     max_unread_tokens    tokens of one stream that its reader has not taken
     stall_seconds        how long a reader may leave a message unread
     max_message_bytes    size of one message from a client
+    max_connections      HTTP connections open at a time, and as many gRPC calls; None is 256 more than the requests
+                         that may run or wait
     stream_pause         longest time for which a stream's text is collected into one message, with many streams running
     step_timeout         how long a step of the warm engine may take before it is taken to hang
     """
@@ -35,7 +38,8 @@ class Limits:
     max_unread_tokens: int = 16384
     stall_seconds: float = 30.0
     max_message_bytes: int = 16 * 2**20
-    stream_pause: float = 0.1
+    max_connections: int | None = None
+    stream_pause: float = 0.15
     step_timeout: float = 120.0
 
     def __post_init__(self) -> None:
@@ -47,6 +51,7 @@ class Limits:
             ("max_items_in_flight", 1),
             ("max_unread_tokens", 1),
             ("max_message_bytes", 1024),
+            ("max_connections", 1),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= 2**31 - 1:

@@ -12,20 +12,28 @@ _LOWEST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for a toke
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]] | None, first_offset: int = 0
+    token_ids: Sequence[int],
+    logprobs: Sequence[Mapping[int, Logprob] | None] | None,
+    first_offset: int = 0,
+    unscored: str = "",
 ) -> dict[str, Any] | None:
-    """The style of /v1/completions. first_offset: where the first token's text begins in the completion."""
+    """The style of /v1/completions. first_offset: where the first token's text begins in the completion.
+
+    unscored: the text of a token without logprobs, which is a prompt's first: nothing precedes it.
+    """
     if logprobs is None:
         return None
     chosen = list(zip(token_ids, logprobs, strict=True))
-    tokens = [token_text(token_id, at[token_id]) for token_id, at in chosen]
+    tokens = [unscored if at is None else token_text(token_id, at[token_id]) for token_id, at in chosen]
     starts = [first_offset]
     for token in tokens:
         starts.append(starts[-1] + len(token))
     return {
         "tokens": tokens,
-        "token_logprobs": [finite(at[token_id]) for token_id, at in chosen],
-        "top_logprobs": [{token_text(i, entry): finite(entry) for i, entry in at.items()} for _, at in chosen],
+        "token_logprobs": [None if at is None else finite(at[token_id]) for token_id, at in chosen],
+        "top_logprobs": [
+            None if at is None else {token_text(i, entry): finite(entry) for i, entry in at.items()} for _, at in chosen
+        ],
         "text_offset": starts[:-1],
     }
 

@@ -23,6 +23,9 @@ def main() -> int:
     serve.add_argument(
         "--seconds", type=float, default=10.0, metavar="S", help="of arrivals at each rate (default: 10)"
     )
+    serve.add_argument(
+        "--overload", type=float, metavar="S", help="instead: so many seconds of four times what the engine can serve"
+    )
     serve.add_argument("--plot", metavar="FILE", help="draw the load's figures: .png, .svg or .pdf")
     commands.add_parser("peers", help="the same workloads on other engines; see peers/README.md", add_help=False)
     arguments, rest = parser.parse_known_args()
@@ -35,7 +38,9 @@ def main() -> int:
         if arguments.command == "serve":
             import serve_figures  # brings jax, which --help does without
 
-            return serve_figures.report(arguments.model, arguments.rounds, arguments.seconds, arguments.plot)
+            return serve_figures.report(
+                arguments.model, arguments.rounds, arguments.seconds, arguments.plot, arguments.overload
+            )
         import engine_figures
 
         return engine_figures.report(arguments.only)

@@ -1,13 +1,15 @@
 """The load of `python scripts/bench serve`, in a process of its own: one JSON line in, one out, and so on.
 
-In: {"address": ..., "requests": [[start in seconds, prompt token ids, max_tokens], ...]}. Out: for each request
-[start, [[time, number of tokens], ...], error or null], times in seconds since the first could start.
+In: {"address": ..., "requests": [[start in seconds, prompt token ids, max_tokens], ...]}. Out: {"cpu": seconds of this
+process's processor time, "empty": seconds that a call without work took, "requests": for each [start, [[time, number
+of tokens], ...], end, error or null], times in seconds since the first could start}.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -19,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from serving.client import AsyncClient
 
-Outcome = tuple[float, list[tuple[float, int]], str | None]
+Outcome = tuple[float, list[tuple[float, int]], float, str | None]
+
+_NUM_EMPTY, _EMPTY_PAUSE = 5, 0.02
 
 
 async def one(client: AsyncClient, origin: float, start: float, prompt: list[int], max_tokens: int) -> Outcome:
@@ -31,15 +35,24 @@ async def one(client: AsyncClient, origin: float, start: float, prompt: list[int
             if count:
                 arrivals.append((time.monotonic() - origin, count))
     except grpc.aio.AioRpcError as error:
-        return began, arrivals, error.code().name
-    return began, arrivals, None
+        return began, arrivals, time.monotonic() - origin, error.code().name
+    return began, arrivals, time.monotonic() - origin, None
 
 
-async def load(address: str, requests: list[Any]) -> list[Outcome]:
+async def empty_call(client: AsyncClient) -> float:
+    await asyncio.sleep(_EMPTY_PAUSE)
+    began = time.monotonic()
+    await client.models()
+    return time.monotonic() - began
+
+
+async def load(address: str, requests: list[Any]) -> dict[str, Any]:
     async with AsyncClient(address, max_tries=1) as client:
         await client.models()  # connects
-        origin = time.monotonic() + 0.01
-        return await asyncio.gather(*(one(client, origin, *request) for request in requests))
+        empty = [await empty_call(client) for _ in range(_NUM_EMPTY)]
+        cpu, origin = time.process_time(), time.monotonic() + 0.01
+        outcomes: list[Outcome] = await asyncio.gather(*(one(client, origin, *request) for request in requests))
+        return {"cpu": time.process_time() - cpu, "empty": statistics.median(empty), "requests": outcomes}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ overhead   32 streams of 128 tokens, and the first token of one stream alone: ba
 load       requests of mixed lengths that arrive at random (Poisson) whatever the server does, at several rates: output
            tokens per second, time to first token (TTFT), time between tokens (ITL: a message's tokens share the time
            since the message before), and goodput, the part of all requests that kept to the objective
+overload   four times the requests that the engine can serve, for as long as is asked: how soon those too many hear
+           so, what the accepted ones wait, and what memory it takes
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import asyncio
 import itertools
 import json
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,10 +42,18 @@ Item = tuple[float, list[int], int]  # start in seconds, prompt, max_tokens
 
 @dataclass(frozen=True)
 class Answers:
-    """What the clients saw of a run: per request, its TTFT and ITLs in seconds (None: refused), and totals."""
+    """What the clients saw of a run: per request, its TTFT and ITLs in seconds (None: refused), and totals.
+
+    refusals: seconds until a refused request heard so. empty: seconds that a call without work took before the run.
+    client_cpu, server_cpu: seconds of processor time that the clients, and this process meanwhile, took.
+    """
 
     ttft: list[float | None]
     itl: list[list[float]]
+    refusals: list[float]
+    empty: float
+    client_cpu: float
+    server_cpu: float
     num_tokens: int
     num_messages: int
     seconds: float
@@ -82,21 +93,29 @@ class Clients:
     def run(self, address: str, requests: Several[Item]) -> Answers:
         assert self._process.stdin is not None
         print(json.dumps({"address": address, "requests": requests}), file=self._process.stdin, flush=True)
-        outcomes = json.loads(self._read())
-        ttft, itl = [], []
-        for start, arrivals, error in outcomes:
+        cpu = time.process_time()
+        answer = json.loads(self._read())
+        cpu = time.process_time() - cpu
+        ttft, itl, refusals, outcomes = [], [], [], answer["requests"]
+        for start, arrivals, end, error in outcomes:
             if error not in (None, "RESOURCE_EXHAUSTED"):
                 raise RuntimeError(f"a request ended with {error}")
+            if error is not None:
+                refusals.append(end - start)
             ttft.append(arrivals[0][0] - start if arrivals else None)
             pairs = itertools.pairwise(arrivals)
             itl.append([(now - before) / count for (before, _), (now, count) in pairs for _ in range(count)])
-        answered = [arrivals for _, arrivals, _ in outcomes if arrivals]
+        answered = [arrivals for _, arrivals, _, _ in outcomes if arrivals]
         return Answers(
             ttft=ttft,
             itl=itl,
+            refusals=refusals,
+            empty=answer["empty"],
+            client_cpu=answer["cpu"],
+            server_cpu=cpu,
             num_tokens=sum(count for arrivals in answered for _, count in arrivals),
             num_messages=sum(map(len, answered)),
-            seconds=max(arrivals[-1][0] for arrivals in answered) - min(start for start, _, _ in outcomes),
+            seconds=max(arrivals[-1][0] for arrivals in answered) - min(start for start, _, _, _ in outcomes),
         )
 
     def _read(self) -> str:
@@ -148,25 +167,42 @@ def overhead(engine: Engine, clients: Clients, rounds: int) -> float:
     def streams() -> list[Item]:
         return [(0.0, prompt, OUTPUT_TOKENS) for prompt in _prompts(engine, rng, [PROMPT_TOKENS] * NUM_STREAMS)]
 
-    bare(engine, streams())
+    def alone() -> tuple[float, float]:
+        """Tokens per second, and seconds of processor time."""
+        cpu = time.process_time()
+        rate, _ = bare(engine, streams())
+        return rate, time.process_time() - cpu
+
+    alone()
     served(engine, clients, streams())
-    rates, ratios, messages, added = [], [], [], []
+    rates, ratios, messages, added, empty, work = [alone()], [], [], [], [], []
     for _ in range(rounds):
-        alone, _ = bare(engine, streams())
         answers = served(engine, clients, streams())
-        rates.append(alone)
-        ratios.append(answers.num_tokens / answers.seconds / alone)
+        rates.append(alone())
+        (before, cpu_before), (after, cpu_after) = rates[-2:]
+        ratios.append(answers.num_tokens / answers.seconds / statistics.fmean((before, after)))
+        cpu = statistics.fmean((cpu_before, cpu_after))
+        work.append((answers.server_cpu / cpu - 1, answers.client_cpu / cpu))
         messages.append(answers.num_tokens / answers.num_messages)
+        empty.append(answers.empty)
         single = [(0.1 * number, prompt, 4) for number, prompt in enumerate(_prompts(engine, rng, [64] * 10))]
         first = [bare(engine, [(0.0, prompt, 4)])[1] for _, prompt, _ in single]
         answers = served(engine, clients, [(start, prompt[::-1], 4) for start, prompt, _ in single])
         added.append(statistics.median(own for own in answers.ttft if own is not None) - statistics.median(first))
-    rate, ratio = statistics.median(rates), statistics.median(ratios)
+    rate, ratio = statistics.median(rate for rate, _ in rates), statistics.median(ratios)
     print(f"bare engine, {NUM_STREAMS} streams of {OUTPUT_TOKENS} tokens: {rate:.0f} tokens/s")
-    each = ", ".join(f"{100 * own:.0f}%" for own in ratios)
+    each = ", ".join(f"{100 * own:.0f}%" for own in sorted(ratios))
     print(f"served over gRPC: {100 * ratio:.1f}% of that (limit 90%; rounds: {each})")
+    server, client = (100 * statistics.median(part) for part in zip(*work, strict=True))
+    print(
+        f"processor time, of the bare engine's: the server {server:+.1f}%, the clients on the same cores {client:.1f}%"
+    )
     print(f"tokens in a message: {statistics.median(messages):.1f}")
-    print(f"first token of one stream alone: {1000 * statistics.median(added):+.1f} ms (limit +5 ms)")
+    each = ", ".join(f"{1000 * own:+.1f}" for own in sorted(added))
+    print(
+        f"first token of one stream alone: {1000 * statistics.median(added):+.1f} ms (limit +5 ms; rounds: {each}); "
+        f"an empty call takes {1000 * statistics.median(empty):.1f} ms"
+    )
     return rate
 
 
@@ -180,11 +216,7 @@ def load(engine: Engine, clients: Clients, seconds: float, tokens_per_second: fl
     print("requests/s  refused  tokens/s     TTFT p50/p95/p99 ms       ITL p50/p95/p99 ms  goodput")
     rows = []
     for part in RATES:
-        rate = part * tokens_per_second / _mean_length(8, 192)
-        starts = np.cumsum(rng.exponential(1 / rate, max(round(rate * seconds), 2))).tolist()
-        lengths = np.exp(rng.uniform(np.log(8), np.log([256, 192]), (len(starts), 2))).astype(int).tolist()
-        prompts = _prompts(engine, rng, [length for length, _ in lengths])
-        requests = [(start, prompt, own[1]) for start, prompt, own in zip(starts, prompts, lengths, strict=True)]
+        rate, requests = _arrivals(engine, rng, part * tokens_per_second, seconds)
         answers = served(engine, clients, requests)
         row = Row(
             rate=rate,
@@ -200,6 +232,44 @@ def load(engine: Engine, clients: Clients, seconds: float, tokens_per_second: fl
         )
     if plot is not None:
         _plot(rows, plot)
+
+
+def overload(engine: Engine, clients: Clients, seconds: float) -> None:
+    """Prints what clients see of a quarter of the load that the engine can bear, of all of it, and of four times it."""
+    rng = np.random.default_rng(2)
+    tokens_per_second = max(bare(engine, _arrivals(engine, rng, 1e4, 1)[1][:128])[0] for _ in range(2))
+    print(f"bare engine, requests of mixed lengths: {tokens_per_second:.0f} tokens/s\n")
+    print("    load  requests  refused  refusal p50/p95/p99 ms         TTFT p50/p95/p99 ms       ITL p50/p95/p99 ms")
+    before = resident_mib()
+    for part, own_seconds in ((0.25, 10.0), (1.0, 10.0), (4.0, seconds / 2), (4.0, seconds / 2)):
+        _, requests = _arrivals(engine, rng, part * tokens_per_second, own_seconds)
+        answers = served(engine, clients, requests)
+        ttft = [first for first in answers.ttft if first is not None]
+        itl = [gap for gaps in answers.itl for gap in gaps]
+        refusals = _three(_percentiles(answers.refusals)) if answers.refusals else "-".rjust(27)
+        print(
+            f"{part:7.2f}x {len(requests):9d} {len(answers.refusals):8d}  {refusals}  {_three(_percentiles(ttft))}"
+            f"  {_three(_percentiles(itl))}  {answers.num_tokens / answers.seconds:.0f} tokens/s"
+            f"  memory {before:.0f} -> {resident_mib():.0f} MiB"
+        )
+        before = resident_mib()
+
+
+def resident_mib() -> float:
+    """Memory of this process, which is engine and server."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def _arrivals(
+    engine: Engine, rng: np.random.Generator, tokens_per_second: float, seconds: float
+) -> tuple[float, list[Item]]:
+    """(requests per second, requests) of log-uniform lengths whose outputs add up to about so many tokens."""
+    rate = tokens_per_second / _mean_length(8, 192)
+    starts = np.cumsum(rng.exponential(1 / rate, max(round(rate * seconds), 2))).tolist()
+    lengths = np.exp(rng.uniform(np.log(8), np.log([256, 192]), (len(starts), 2))).astype(int).tolist()
+    prompts = _prompts(engine, rng, [length for length, _ in lengths])
+    return rate, [(start, prompt, own[1]) for start, prompt, own in zip(starts, prompts, lengths, strict=True)]
 
 
 def _plot(rows: list[Row], path: str) -> None:
@@ -249,8 +319,8 @@ def _three(values: list[float]) -> str:
     return " / ".join(f"{value:7.1f}" for value in values)
 
 
-def report(model: str | None, rounds: int, seconds: float, plot: str | None) -> int:
-    """Run everything and print it. ValueError where the plot could not be drawn."""
+def report(model: str | None, rounds: int, seconds: float, plot: str | None, overload_seconds: float | None) -> int:
+    """Run everything, or the overload alone where its seconds are given, and print it. ValueError for no matplotlib."""
     if plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib; pip install 'jaxinfer[bench]'")
     engine = Engine(EngineConfig(model or str(default_model()), max_num_seqs=NUM_STREAMS))
@@ -258,6 +328,9 @@ def report(model: str | None, rounds: int, seconds: float, plot: str | None) -> 
     print(f"{engine.loaded.directory.name} on {platform.processor() or platform.machine()}\n{engine.plan.describe()}\n")
     clients = Clients()
     try:
+        if overload_seconds is not None:
+            overload(engine, clients, overload_seconds)
+            return 0
         tokens_per_second = overhead(engine, clients, rounds)
         load(engine, clients, seconds, tokens_per_second, plot)
     finally:

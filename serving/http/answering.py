@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.openai.answers import chat_logprobs, completion_logprobs, finite, token_text, usage
@@ -24,11 +25,20 @@ log = logging.getLogger(__name__)
 _DONE = b"data: [DONE]\n\n"
 
 
-class Answer:
-    """One query's answer on its way; the choices of prompt number i begin at i * n."""
+@dataclass(frozen=True)
+class Echo:
+    """A prompt as its answer repeats it: its text, and that of its first token, which has no logprobs to tell it."""
 
-    def __init__(self, query: Query, model: str) -> None:
+    text: str
+    first_token: str
+
+
+class Answer:
+    """One query's answer on its way; the choices of prompt number i begin at i * n. echoes: by prompt, if asked for."""
+
+    def __init__(self, query: Query, model: str, echoes: Sequence[Echo]) -> None:
         self._query = query
+        self._echoes = echoes
         self._is_chat = query.kind == "chat"
         self._head = {
             "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{query.request_id}",
@@ -66,8 +76,8 @@ class Answer:
     def _events(self, number: int, delta: Delta) -> Iterator[bytes]:
         for index in sorted(delta.sequences):
             choice = self._choice(number, delta.sequences[index])
-            if delta.prompt is not None and self._query.return_token_ids:
-                choice["prompt_token_ids"] = list(delta.prompt.token_ids)
+            if delta.prompt is not None:
+                choice |= self._of_prompt(number)
             yield self._chunk([choice], self._usage() if self._query.continuous_usage else None)
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
@@ -101,8 +111,15 @@ class Answer:
             choice["delta"] = {**({"role": "assistant"} if first else {}), "content": sequence.text}
             choice["logprobs"] = chat_logprobs(sequence.token_ids, sequence.logprobs, self._query.num_top)
         else:
-            choice["text"] = sequence.text
-            choice["logprobs"] = logprobs = completion_logprobs(sequence.token_ids, sequence.logprobs, offset)
+            text, token_ids, scores, unscored = sequence.text, sequence.token_ids, sequence.logprobs, ""
+            if first and self._query.echo:
+                prompt, echo = self._prompts[number], self._echoes[number]
+                text, unscored = echo.text + text, echo.first_token
+                if scores is not None and prompt.logprobs is not None:
+                    scored = prompt.token_ids[: len(prompt.logprobs)]  # not all, where the request ended too soon
+                    token_ids, scores = [*scored, *token_ids], [*prompt.logprobs, *scores]
+            choice["text"] = text
+            choice["logprobs"] = logprobs = completion_logprobs(token_ids, scores, offset, unscored)
             if logprobs is not None:
                 self._offsets[index] += sum(map(len, logprobs["tokens"]))
         choice |= {"finish_reason": sequence.finish_reason, "stop_reason": sequence.stop_reason}
@@ -111,9 +128,9 @@ class Answer:
         return choice
 
     def _of_prompt(self, number: int) -> dict[str, Any]:
-        """What a whole answer says of the prompt, beside each of its completions."""
+        """What is said of the prompt, beside each completion of a whole answer or of a stream's first part."""
         prompt, result = self._prompts[number], {}
-        if prompt.logprobs is not None:
+        if prompt.logprobs is not None and self._query.return_prompt_logprobs:
             result["prompt_logprobs"] = [None if at is None else _scored(at) for at in prompt.logprobs]
         if self._query.return_token_ids:
             result["prompt_token_ids"] = list(prompt.token_ids)
@@ -124,7 +141,7 @@ async def whole(frontend: Frontend, query: Query) -> bytes:
     """The answer once it is complete; RequestError where it is refused or fails."""
     async with AsyncExitStack() as stack:
         streams = await _submit(frontend, query, stack)
-        deltas = []
+        echoes, deltas = await _echoes(frontend, query, streams), []
         for stream in streams:
             delta = await stream.next()
             while delta.end is None:
@@ -132,15 +149,16 @@ async def whole(frontend: Frontend, query: Query) -> bytes:
             if delta.end.error is not None:
                 raise _logged(query, delta.end.error)
             deltas.append(delta)
-    return Answer(query, frontend.name).whole(deltas)
+    return Answer(query, frontend.name, echoes).whole(deltas)
 
 
 async def stream(frontend: Frontend, query: Query, write: Callable[[bytes], Awaitable[None]]) -> None:
     """Write the answer's events as they come. RequestError before the first; a later failure is the last event."""
     async with AsyncExitStack() as stack:
-        additions = _merged(await _submit(frontend, query, stack))
+        streams = await _submit(frontend, query, stack)
+        answer, has_written = Answer(query, frontend.name, await _echoes(frontend, query, streams)), False
+        additions = _merged(streams)
         await stack.enter_async_context(aclosing(additions))
-        answer, has_written = Answer(query, frontend.name), False
         try:
             async for number, delta in additions:
                 if events := answer.events(number, delta):
@@ -168,6 +186,19 @@ async def _submit(frontend: Frontend, query: Query, stack: AsyncExitStack) -> li
     return [
         await stack.enter_async_context(await frontend.submit(ask, is_streamed=query.is_streamed)) for ask in query.asks
     ]
+
+
+async def _echoes(frontend: Frontend, query: Query, streams: Sequence[RequestStream]) -> list[Echo]:
+    """RequestError where the model has no tokenizer."""
+    echoes = []
+    if query.echo:
+        with frontend.counting_refusals():
+            for stream, ask in zip(streams, query.asks, strict=True):
+                prompt, token_ids = ask.prompt, tuple(stream.request.prompt_token_ids)
+                if not isinstance(prompt, str):
+                    prompt = await frontend.text_of(token_ids, ask.sampling_params.skip_special_tokens)
+                echoes.append(Echo(prompt, await frontend.text_of(token_ids[:1], skip_special_tokens=True)))
+    return echoes
 
 
 async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, Delta], None]:

@@ -24,11 +24,20 @@ STATUSES: Mapping[Code, int] = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
+# Why an HttpError was one, for the metrics, in the style of gRPC's statuses.
+REASONS: Mapping[int, str] = {
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    408: "BODY_TOO_SLOW",
+    413: "BODY_TOO_LARGE",
+    415: "UNSUPPORTED_MEDIA_TYPE",
+    503: "TOO_MANY_CONNECTIONS",
+}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class HttpError(Exception):
-    """A failure that only HTTP knows. is_unread: the request's body has not been read to its end."""
+    """A failure that only HTTP knows; `status` is one of REASONS. is_unread: the body was not read to its end."""
 
     def __init__(
         self, status: int, message: str, *, headers: Mapping[str, str] | None = None, is_unread: bool = False

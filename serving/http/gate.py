@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -11,13 +12,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import RequestError
-from serving.http.errors import HttpError, ReaderStalled, response_of
+from serving.http.errors import REASONS, HttpError, ReaderStalled, response_of
 from serving.http.receiving import discard_rest, until_gone
-from serving.security import Tokens, is_loopback
+from serving.refusals import Refusals
+from serving.security import NO_TOKEN, Tokens, is_loopback
 
 log = logging.getLogger(__name__)
 
-ABORT = "abort"  # in the scope's state: the function that cuts the connection
+# In the scope's state: the function that cuts the connection, and the one that tells how many there are.
+ABORT, NUM_CONNECTIONS = "abort", "num_connections"
 _PIECE = 65536  # bytes
 # The page loads nothing but its own script, and stands in no other page's frame.
 _POLICY = (
@@ -35,17 +38,26 @@ class Gate:
     """An ASGI app around another. open_paths: answered without a token.
 
     local_only: refuse requests under another name than this machine's own, which pages of other sites would use to
-    read a server that asks nobody for a token (DNS rebinding).
+    read a server that asks nobody for a token (DNS rebinding). max_connections: how many it may be one of.
     """
 
     def __init__(
-        self, app: ASGIApp, tokens: Tokens | None, open_paths: frozenset[str], local_only: bool, patience: float
+        self,
+        app: ASGIApp,
+        tokens: Tokens | None,
+        open_paths: frozenset[str],
+        local_only: bool,
+        patience: float,
+        refusals: Refusals,
+        max_connections: Callable[[], int],
     ) -> None:
         self._app = app
         self._tokens = tokens
         self._open_paths = open_paths
         self._local_only = local_only
         self._patience = patience
+        self._refusals = refusals
+        self._max_connections = max_connections
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "nothing else is spoken here"
@@ -73,6 +85,10 @@ class Gate:
         except Exception as error:
             if not isinstance(error, RequestError | HttpError | HTTPException):
                 log.exception("%s %s failed", scope["method"], scope["path"])
+            if isinstance(error, HttpError):
+                peer = scope["client"] or ("unknown", 0)
+                where = {"caller": f"{peer[0]}:{peer[1]}", "call": f"{scope['method']} {scope['path']}"}
+                self._refusals.note(REASONS[error.status], error.message, **where)
             if has_started:
                 scope["state"][ABORT]()
                 await until_gone(receive)
@@ -90,6 +106,10 @@ class Gate:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        count, most = scope["state"][NUM_CONNECTIONS](), self._max_connections()
+        if count > most and scope["path"] not in self._open_paths:
+            message = f"{count} connections are open, and the server takes {most}; close some, or try again later"
+            raise HttpError(503, message, headers={"retry-after": "1"}, is_unread=True)
         if self._local_only and not _is_local(headers.getlist("host")):
             message = "a server without tokens answers as localhost only; ask for that, or start it with --tokens-file"
             raise HttpError(403, message, is_unread=True)
@@ -97,8 +117,7 @@ class Gate:
             return
         given = headers.getlist("authorization")
         if len(given) != 1 or not self._tokens.accept(given[0]):
-            message = "send one of the server's tokens: authorization: Bearer TOKEN"
-            raise HttpError(401, message, headers={"www-authenticate": "Bearer"}, is_unread=True)
+            raise HttpError(401, NO_TOKEN, headers={"www-authenticate": "Bearer"}, is_unread=True)
 
 
 def _is_local(hosts: list[str]) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.http.gate import ABORT
+from serving.http.gate import ABORT, NUM_CONNECTIONS
 
 # What a connection may hold of answers that are not read, in the kernel and here; beyond it a stream is merged.
 _SEND_BUFFER = 65536
@@ -31,13 +31,24 @@ class _Uvicorn(uvicorn.Server):
 
 
 class Listener:
-    """listen -> stop. patience: seconds in which a connection must bring a request's head or take an answer's end."""
+    """listen -> stop. patience: seconds in which a connection must bring a request's head or take an answer's end.
 
-    def __init__(self, app: ASGIApp, host: str, port: int, context: ssl.SSLContext | None, patience: float) -> None:
+    max_connections: the app refuses what comes on more, and what is beyond twice as many is cut without a word.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        context: ssl.SSLContext | None,
+        patience: float,
+        max_connections: Callable[[], int],
+    ) -> None:
         self.host, self.port = host, port
         config = uvicorn.Config(
             app,
-            http=partial(_Protocol, patience),  # pyright: ignore[reportArgumentType]
+            http=partial(_Protocol, patience, max_connections),  # pyright: ignore[reportArgumentType]
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -88,15 +99,18 @@ class Listener:
 class _Protocol(H11Protocol):
     """uvicorn's, with an end for connections that bring no request and for answers' ends that nobody reads."""
 
-    def __init__(self, patience: float, **of_uvicorn: Any) -> None:
+    def __init__(self, patience: float, max_connections: Callable[[], int], **of_uvicorn: Any) -> None:
         super().__init__(**of_uvicorn)
         self._patience = patience
+        self._max_connections = max_connections
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=_SEND_BUFFER)
-        self.app_state = {**self.app_state, ABORT: transport.abort}
+        self.app_state = {**self.app_state, ABORT: transport.abort, NUM_CONNECTIONS: self.connections.__len__}
         self._timer = self.loop.call_later(self._patience, self._cut_if_idle)
+        if len(self.connections) > 2 * self._max_connections():
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -32,14 +32,21 @@ _OWN = frozenset(
     }
 )
 _CHAT_OWN = frozenset({"add_generation_prompt", "continue_final_message"})
-FIELDS = SAMPLING_FIELDS | _OWN | _CHAT_OWN | {"chat_template_kwargs", "messages", "model", "prompt", "tokens"}
+_COMPLETION_OWN = frozenset({"echo"})
+FIELDS = (
+    SAMPLING_FIELDS
+    | _OWN
+    | _CHAT_OWN
+    | _COMPLETION_OWN
+    | {"chat_template_kwargs", "messages", "model", "prompt", "tokens"}
+)
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Query:
-    """A request for completions, understood; one ask for each prompt."""
+    """A request for completions, understood; one ask for each prompt. echo: the answer begins with the prompt."""
 
     kind: Kind
     request_id: str
@@ -48,6 +55,8 @@ class Query:
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
+    return_prompt_logprobs: bool
+    echo: bool
 
     @property
     def n(self) -> int:
@@ -80,11 +89,13 @@ def read_query(kind: Kind, body: Mapping[str, Any], request_id: str) -> Query:
 
 def _read_query(kind: Kind, body: Mapping[str, Any], request_id: str) -> Query:
     arrival_time = time.monotonic()
-    read = read_body(kind, body, where="here", own=_OWN | (_CHAT_OWN if kind == "chat" else frozenset()))
+    read = read_body(kind, body, where="here", own=_OWN | (_CHAT_OWN if kind == "chat" else _COMPLETION_OWN))
     own = read.own
     is_streamed, options = _boolean(own, "stream"), _stream_options(own)
-    if is_streamed and read.sampling_params.prompt_logprobs is not None:
-        raise ValueError("prompt_logprobs is not served with stream=true; leave one of them out")
+    params, echo = read.sampling_params, _boolean(own, "echo")
+    return_prompt_logprobs = params.prompt_logprobs is not None
+    if echo and not return_prompt_logprobs:
+        params = replace(params, prompt_logprobs=params.logprobs)  # what is echoed is scored as what follows it
     prompts: tuple[str | tuple[int, ...] | Conversation, ...] = read.prompts
     if kind == "chat":
         if _boolean(own, "add_special_tokens"):
@@ -98,7 +109,7 @@ def _read_query(kind: Kind, body: Mapping[str, Any], request_id: str) -> Query:
         asks=tuple(
             Ask(
                 prompt=prompt,
-                sampling_params=read.sampling_params,
+                sampling_params=params,
                 arrival_time=arrival_time,
                 model=model_of(body),
                 priority=_whole(own, "priority", -(2**31), 2**31 - 1, 0) or 0,
@@ -113,6 +124,8 @@ def _read_query(kind: Kind, body: Mapping[str, Any], request_id: str) -> Query:
         include_usage=options["include_usage"],
         continuous_usage=options["continuous_usage_stats"],
         return_token_ids=_boolean(own, "return_token_ids"),
+        return_prompt_logprobs=return_prompt_logprobs,
+        echo=echo,
     )
 
 

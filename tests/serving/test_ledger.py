@@ -1,5 +1,5 @@
 """Requests of every kind, with clients that leave in every way: each accepted one ends exactly once, and
-afterwards nothing is held. LEDGER_REQUESTS=40000 makes it as large as one likes.
+afterwards nothing is held. LEDGER_REQUESTS=7000 makes it as large as one likes; each number draws other requests.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from jaxinfer.engine import Engine
 from serving.client import AsyncClient, Generation, make_request
 from serving.engine_loop import RequestStream
 from serving.generated import inference_pb2 as pb
+from serving.generated import inference_pb2_grpc
 from serving.settings import Limits
 from tests.serving.harness import address, run, serving, until
 
 NUM_REQUESTS = int(os.environ.get("LEDGER_REQUESTS", "1200"))
 AT_A_TIME = 24
+STALL_SECONDS = 1.0
+# What clients do, and how often of a hundred times.
+KINDS = {"unary": 22, "stream": 22, "slow": 11, "cancel": 11, "deadline": 11, "many": 11, "disconnect": 11, "stall": 1}
+NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1), ("grpc.enable_retries", 0)]
 
 
 def num_descriptors() -> int:
@@ -30,7 +35,7 @@ def num_descriptors() -> int:
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors as Linux shows them")
 def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(0)
+    rng = random.Random(NUM_REQUESTS)
     begun: collections.Counter[str] = collections.Counter()
     ended: collections.Counter[str] = collections.Counter()
     outcomes: collections.Counter[str] = collections.Counter()
@@ -106,8 +111,19 @@ def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.Mo
             await asyncio.sleep(rng.uniform(0, 0.05))
         await call
 
+    async def stall(where: str) -> None:
+        """Read one message and nothing more for longer than the server bears; then what it says."""
+        async with grpc.aio.insecure_channel(where, NARROW) as channel:
+            # Log-probabilities make messages large: an answer of these is longer than the connection's window.
+            big = make_request([5] * 10, max_tokens=80, n=4, logprobs=20, prompt_logprobs=20, ignore_eos=True)
+            call: Any = inference_pb2_grpc.InferenceStub(channel).GenerateStream(big)
+            await call.read()
+            await asyncio.sleep(2 * STALL_SECONDS)
+            while await call.read() is not grpc.aio.EOF:
+                pass
+
     async def one(client: AsyncClient, where: str) -> str:
-        kind = rng.choice(("unary", "unary", "stream", "stream", "slow", "cancel", "deadline", "many", "disconnect"))
+        (kind,) = rng.choices(tuple(KINDS), tuple(KINDS.values()))
         try:
             if kind == "unary":
                 fields = request()
@@ -116,6 +132,8 @@ def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.Mo
                 await many(client)
             elif kind == "disconnect":
                 await disconnect(where)
+            elif kind == "stall":
+                await stall(where)
             else:
                 leaves_after = rng.randint(1, 4) if kind == "cancel" else None
                 timeout = rng.uniform(0.001, 0.1) if kind == "deadline" else None
@@ -127,7 +145,7 @@ def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.Mo
         return f"{kind} OK"
 
     async def scenario() -> None:
-        limits = Limits(max_queued_requests=24, max_items_in_flight=4, stall_seconds=1.0)
+        limits = Limits(max_queued_requests=24, max_items_in_flight=4, stall_seconds=STALL_SECONDS)
         async with serving(engine, limits) as server, AsyncClient(address(server), max_tries=1) as client:
             await client.generate([5], max_tokens=1)
             descriptors = num_descriptors()
@@ -150,6 +168,7 @@ def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.Mo
     assert set(begun.values()) == {1}
     assert sum(outcomes.values()) == NUM_REQUESTS
     codes = {outcome.split()[1] for outcome in outcomes}
-    assert codes <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}, outcomes
+    assert codes <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED"}, outcomes
+    assert outcomes["stall ABORTED"], outcomes
     assert {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"} <= codes, outcomes
     assert sum(count for outcome, count in outcomes.items() if outcome.endswith(" OK")) > NUM_REQUESTS // 4, outcomes

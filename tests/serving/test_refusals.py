@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from typing import Any
 
@@ -93,15 +94,38 @@ def test_overload_in_requests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
         async with connected(engine, Limits(max_queued_requests=2)) as (server, client):
             inside = [asyncio.create_task(client.generate(PROMPT, max_tokens=4, **GREEDY)) for _ in range(6)]
             await until(lambda: server.frontend.admission.num_requests == 6)
+            seconds = []
             for _ in range(20):
                 started = time.monotonic()
                 error = await refused(client.generate(PROMPT), "RESOURCE_EXHAUSTED", "6 requests", "try again in")
-                assert time.monotonic() - started < 0.05
+                seconds.append(time.monotonic() - started)
                 (pushback,) = [value for key, value in error.trailing_metadata() if key == "grpc-retry-pushback-ms"]
                 assert 100 <= int(pushback) <= 30_000
+            assert statistics.median(seconds) < 0.05  # not each: the machine may be busy with something else
             brake.release()
             assert len({answer.text for answer in await asyncio.gather(*inside)}) == 1
             await client.generate(PROMPT, max_tokens=1)
+
+    run(scenario())
+
+
+def test_too_many_calls(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that send nothing take no place in the queue, but do not come without end either."""
+
+    async def scenario() -> None:
+        brake = Brake(engine, monkeypatch)
+        async with connected(engine, Limits(max_connections=2)) as (server, client):
+            silent = client._inference.GenerateMany()
+            inside = asyncio.create_task(client.generate(PROMPT, max_tokens=4, **GREEDY))
+            await until(lambda: server.frontend._num_calls == 2)
+            await refused(client.generate(PROMPT), "RESOURCE_EXHAUSTED", "2 calls are open", "takes 2")
+            await refused(client.models(), "RESOURCE_EXHAUSTED", "2 calls are open")
+            assert await client.is_serving()
+            silent.cancel()
+            await until(lambda: server.frontend._num_calls == 1)
+            assert await client.models()
+            brake.release()
+            await inside
 
     run(scenario())
 

@@ -167,7 +167,7 @@ def test_overload(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
             brake.release()
             answers = await asyncio.gather(*inside)
             assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
-            assert server.frontend.num_refused == {"RESOURCE_EXHAUSTED": 11}
+            assert server.frontend.refusals.counts == {"RESOURCE_EXHAUSTED": 11}
 
     run(scenario())
 
@@ -180,7 +180,8 @@ def test_queue_time_limit(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> No
             await until(lambda: server.frontend.admission.num_requests == 1)
             brake.let(8)
             await until(lambda: server.frontend.admission.num_waiting_tokens == 0)
-            late = [asyncio.create_task(_post(client, queue_time_limit_ms=50, stream=s)) for s in (False, True)]
+            fields: dict[str, Any] = {"queue_time_limit_ms": 50, "echo": True, "logprobs": 1}
+            late = [asyncio.create_task(_post(client, stream=s, **fields)) for s in (False, True)]
             await until(lambda: server.frontend.admission.num_requests == 3)
             await asyncio.sleep(0.1)
             brake.let(2)

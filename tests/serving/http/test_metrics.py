@@ -18,6 +18,9 @@ from jaxinfer.metrics import Distribution
 from serving.client import AsyncClient
 from serving.logs import JsonFormatter, PlainFormatter
 from serving.metrics import _TIME_BOUNDS, _TOKEN_BOUNDS, _cumulative
+from serving.refusals import Refusals
+from serving.security import Tokens
+from serving.settings import Limits
 from tests.serving.harness import address, refused, run
 from tests.serving.http.harness import GREEDY, http_serving
 
@@ -136,6 +139,62 @@ def test_the_dashboard_asks_for_what_exists(engine: Engine) -> None:
     run(scenario())
 
 
+def test_what_is_refused_is_counted_and_logged(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """Of each reason one line for now, and no secret in any."""
+    good, wrong, media = "a-token-of-some-length", "some-other-length-of-token", {"content-type": "application/json"}
+
+    async def scenario() -> None:
+        config = {"limits": Limits(max_message_bytes=1024), "tokens": Tokens([good])}
+        async with http_serving(engine, **config) as (server, web), AsyncClient(address(server), token=wrong) as rpc:
+            for _ in range(3):
+                bad = {"authorization": f"Bearer {wrong}"}
+                assert (await web.get(f"/v1/models?key={wrong}", headers=bad)).status_code == 401
+            await refused(rpc.generate("x"), "UNAUTHENTICATED")
+            web.headers["authorization"] = f"Bearer {good}"
+            assert (await web.post("/v1/completions", content=b" " * 2000, headers=media)).status_code == 413
+            assert (await web.post("/tokenize", content=b"x")).status_code == 415
+            assert (await web.post("/v1/completions", json={"prompt": 5})).status_code == 400
+            unreadable = rpc._channel.unary_unary("/jaxinfer.v1.Inference/Generate")
+            await refused(
+                unreadable(b"\xff", metadata=[("authorization", f"Bearer {good}")]),
+                "INVALID_ARGUMENT",
+                "cannot be read",
+            )
+            counts = (await _samples(web))["jaxinfer_requests_rejected_total"]
+            reasons = {"unauthenticated": 4, "body_too_large": 1, "unsupported_media_type": 1, "invalid_argument": 2}
+            assert counts == {(reason,): count for reason, count in reasons.items()}
+
+    with caplog.at_level(logging.INFO, logger="serving"):
+        run(scenario())
+    lines = [PlainFormatter().format(record) for record in caplog.records if record.message == "refused"]
+    for words in (
+        'error="send one of the server\'s tokens: authorization: Bearer TOKEN" caller="127.0.0.1:',
+        'call="GET /v1/models"',
+        'reason="body_too_large" error="the body is larger than 1024 bytes; send less"',
+        'reason="unsupported_media_type"',
+        'reason="invalid_argument"',
+    ):
+        assert sum(words in line for line in lines) == 1, lines
+    assert not [line for line in lines if wrong in line or good in line]
+
+
+def test_a_flood_of_refusals_is_one_line(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("serving.refusals.time.monotonic", lambda: now)
+    refusals = Refusals()
+    with caplog.at_level(logging.INFO, logger="serving"):
+        for _ in range(5):
+            refusals.note("INTERNAL", "x" * 1000, caller="somebody")
+        refusals.note("ABORTED", "another")
+        now += 1.5
+        refusals.note("INTERNAL", "again")
+    assert refusals.counts == {"INTERNAL": 6, "ABORTED": 1}
+    first, other, again = (record.fields for record in caplog.records)  # pyright: ignore[reportAttributeAccessIssue]
+    assert first == {"reason": "internal", "error": "x" * 200, "caller": "somebody"}
+    assert other == {"reason": "aborted", "error": "another"}
+    assert again == {"reason": "internal", "error": "again", "unlogged": 4}
+
+
 def test_a_line_for_each_request(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         async with http_serving(engine) as (server, web), AsyncClient(address(server)) as rpc:
@@ -149,7 +208,7 @@ def test_a_line_for_each_request(engine: Engine, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.INFO, logger="serving"):
         run(scenario())
     records = [record for record in caplog.records if hasattr(record, "fields")]
-    first, second, third = (record.fields for record in records)  # pyright: ignore[reportAttributeAccessIssue]
+    first, second, third = (record.fields for record in records if record.message == "request")  # pyright: ignore[reportAttributeAccessIssue]
     assert (first["request_id"], first["prompt_tokens"], first["completion_tokens"]) == ('rpc"\nERROR forged', 8, 2)
     assert (second["request_id"], second["model"], second["finish"]) == ("web-1", "small", "length,length")
     assert second["completion_tokens"] == 6

@@ -185,11 +185,43 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("big")
 
 
+@pytest.mark.parametrize("prompt", [PROMPT, [5, 6, 7, 8]])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_echo(client: openai.OpenAI, llm: LLM, prompt: str | list[int], is_streamed: bool) -> None:
+    """The prompt precedes each completion, and is scored as they are; its own logprobs come if they are asked for."""
+    expected = _expected(llm, prompt, 4, logprobs=2, prompt_logprobs=2)
+    body = {"ignore_eos": True, "echo": True, "prompt_logprobs": 2}
+    arguments: Any = {"prompt": prompt, "max_tokens": 4, "n": 2, "logprobs": 2, **GREEDY, "extra_body": body}
+    answer = client.completions.create(**arguments, stream=is_streamed)
+    choices = [choice for part in (answer if is_streamed else [answer]) for choice in part.choices]
+    tokenizer = llm.engine.tokenizer
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=True)
+    for index in range(2):
+        own = [choice for choice in choices if choice.index == index]
+        assert "".join(choice.text for choice in own) == text + expected.outputs[0].text
+        scores = [score for choice in own for score in choice.logprobs.token_logprobs]
+        (first, *known), token_ids = expected.prompt_logprobs, expected.prompt_token_ids + expected.outputs[0].token_ids
+        pairs = zip(token_ids[1:], known + expected.outputs[0].logprobs, strict=True)
+        assert first is None
+        assert scores[0] is None
+        assert scores[1:] == pytest.approx([at[token_id].logprob for token_id, at in pairs], abs=1e-4)
+        offsets = [offset for choice in own for offset in choice.logprobs.text_offset]
+        tokens = [token for choice in own for token in choice.logprobs.tokens]
+        assert offsets == [sum(map(len, tokens[:place])) for place in range(len(tokens))]
+    with_prompt = [choice for choice in choices if getattr(choice, "prompt_logprobs", None)]
+    assert {choice.index for choice in with_prompt} >= {0}
+    assert len(with_prompt[0].prompt_logprobs) == len(expected.prompt_token_ids)
+    arguments["extra_body"] = {"ignore_eos": True, "echo": True}
+    (choice, _) = client.completions.create(**arguments).choices
+    assert choice.text.startswith(text)
+    assert not hasattr(choice, "prompt_logprobs")
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
         ({"frobnicate": 1}, "frobnicate", "unknown key"),
-        ({"echo": True}, "echo", "not served"),
+        ({"echo": 1}, "echo", "true or false"),
         ({"suffix": "x"}, "suffix", "not served"),
         ({"logprobs": 21}, "logprobs", "20"),
         ({"n": 5}, "n", "4"),
@@ -203,7 +235,6 @@ def test_models(client: openai.OpenAI) -> None:
         ({"stream": 1}, "stream", "true or false"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"stream": True, "stream_options": {"x": True}}, "x", "unknown key"),
-        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "stream"),
         ({"priority": "high"}, "priority", "whole number"),
         ({"request_id": "a\nb"}, "request_id", "printable"),
         ({"cache_salt": 5}, "cache_salt", "text"),
@@ -230,6 +261,7 @@ def test_what_is_refused(
     ("fields", "param"),
     [
         ({"messages": []}, "messages"),
+        ({"echo": True}, "echo"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
         ({"messages": [{"content": "x"}]}, "messages"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxinfer.engine import Engine
 from serving.__main__ import main
 from serving.security import TlsFiles, Tokens
 from serving.settings import Limits
-from tests.serving.harness import run
+from tests.serving.harness import run, until
 from tests.serving.http.harness import http_serving, url
 
 GOOD, OTHER = "a-token-of-some-length", "another-token-of-length"
@@ -121,6 +122,29 @@ def test_size_of_bodies(engine: Engine) -> None:
             assert (await client.post("/v1/completions", content=exact, headers=media)).status_code == 200
             gzipped = {**media, "content-encoding": "gzip"}
             assert (await client.post("/v1/completions", content=b"x", headers=gzipped)).status_code == 415
+
+    run(scenario())
+
+
+def test_too_many_connections(engine: Engine) -> None:
+    """One too many is told so, many too many are cut, and health is answered on any; once some close, all is well."""
+
+    async def scenario() -> None:
+        async with http_serving(engine, Limits(max_connections=2)) as (server, client):
+            assert server.http is not None
+            idle = [await asyncio.open_connection("localhost", server.http.port) for _ in range(2)]
+            response = await client.get("/v1/models")
+            assert response.status_code == 503
+            assert "3 connections are open, and the server takes 2" in response.json()["error"]["message"]
+            assert response.headers["retry-after"] == "1"
+            assert (await client.get("/health")).status_code == 200
+            idle += [await asyncio.open_connection("localhost", server.http.port) for _ in range(2)]
+            reader, _ = idle[-1]
+            assert await reader.read() == b""
+            for _, writer in idle:
+                writer.close()
+            await until(lambda: len(server.http._server.server_state.connections) < 2)
+            assert (await client.get("/v1/models")).status_code == 200
 
     run(scenario())
 
