@@ -29,6 +29,7 @@ def _ragged(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Arra
     return lax.ragged_dot_general(x, weight, group_sizes, _RAGGED)
 
 
+@jax.custom_jvp
 def _on_cpu(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
     num_rows, num_groups = x.shape[0], weight.shape[0]
     if num_rows < num_groups:
@@ -41,6 +42,14 @@ def _on_cpu(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Arra
     group = jnp.repeat(jnp.arange(num_groups), group_sizes, total_repeat_length=num_rows)
     place = jnp.arange(num_rows) - first_row[group]
     return jnp.where((place < in_batch)[:, None], batch[group, jnp.minimum(place, in_batch - 1)], rest)
+
+
+@_on_cpu.defjvp
+def _derivative(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """XLA's product has a derivative that can be transposed, a loop of as many turns as there are blocks has none."""
+    (x, weight, group_sizes), (x_tangent, weight_tangent, _) = primals, tangents
+    tangent = _ragged(x_tangent, weight, group_sizes) + _ragged(x, weight_tangent, group_sizes)
+    return _on_cpu(x, weight, group_sizes), tangent
 
 
 def _rounded_up(size: float, multiple: int) -> int:
