@@ -17,7 +17,7 @@ demo: $(VENV)/installed-serve
 	$(BIN)/python -m jaxinfer.run --input examples/prompts.jsonl --output out/demo.jsonl --overwrite
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -27,7 +27,7 @@ lint: $(VENV)/installed-dev
 test-other-python: $(VENV)/installed-test
 	@test -n "$(OTHER_PYTHON)" || { echo "error: no Python 3.11 or 3.12 other than $(BIN)/python; set OTHER_PYTHON=..." >&2; exit 2; }
 	$(MAKE) --no-print-directory $(OTHER_VENV)/installed-test VENV=$(OTHER_VENV) PYTHON=$(OTHER_PYTHON)
-	$(OTHER_VENV)/bin/python -m pytest $(SMOKE) -p no:cacheprovider
+	$(OTHER_VENV)/bin/python -m pytest -n 2 --dist loadfile $(SMOKE) -p no:cacheprovider
 
 # The TPU and GPU compilers get an environment of their own: where they are installed, every JAX process looks for chips.
 aot:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import chain
 from numbers import Integral
 from typing import Any
 
@@ -24,10 +25,11 @@ from jaxinfer.metrics import EngineMetrics, EngineStats
 from jaxinfer.models.model import Params
 from jaxinfer.outputs import RequestState
 from jaxinfer.plan import resolve
-from jaxinfer.runner.runner import PendingStep, Runner
+from jaxinfer.runner.runner import PendingStep, Runner, StepResult
 from jaxinfer.scheduler.schedule import Schedule, SchedulerConfig
 from jaxinfer.scheduler.scheduler import Scheduler
 from jaxinfer.scheduler.sequence import Sequence
+from jaxinfer.scheduler.shards import ShardedScheduler
 from jaxinfer.tokenizer import IncrementalDetokenizer, Tokenizer
 from jaxinfer.types import Request, RequestOutput, SamplingParams, check_against_vocabulary
 
@@ -51,20 +53,26 @@ class Engine:
         self._open_books()
 
     def _open_books(self) -> None:
-        self.manager = KVCacheManager(
-            self.plan.groups,
-            self.plan.num_pages,
-            self.plan.page_size,
-            self.plan.table_widths,
-            self.plan.max_num_seqs,
-            self.plan.enable_prefix_caching,
-        )
-        self.scheduler = Scheduler(
-            SchedulerConfig(self.plan.max_num_seqs, self.plan.max_num_batched_tokens, self.plan.max_model_len),
-            self.manager,
+        plan = self.plan
+        limits = SchedulerConfig(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_model_len)
+        self.scheduler = ShardedScheduler(
+            [
+                Scheduler(
+                    limits,
+                    KVCacheManager(
+                        plan.groups,
+                        plan.num_pages,
+                        plan.page_size,
+                        plan.table_widths,
+                        plan.max_num_seqs,
+                        plan.enable_prefix_caching,
+                    ),
+                )
+                for _ in range(plan.num_shards)
+            ]
         )
         self._requests: dict[str, RequestState] = {}
-        self._in_flight: tuple[Schedule, PendingStep] | None = None
+        self._in_flight: PendingStep | None = None
         self._num_preemptions = 0
 
     @cached_property
@@ -142,15 +150,15 @@ class Engine:
 
     def _step(self) -> list[RequestOutput]:
         started = time.monotonic()
-        schedule = self.scheduler.schedule(started)
+        schedules = self.scheduler.schedule(started)
         sent = None
-        if schedule is not None:
-            sent = schedule, self.runner.execute(schedule, self.manager.tables)
-            self._note_first_scheduled(schedule)
+        if schedules is not None:
+            sent = self.runner.execute(schedules, self.scheduler.tables)
+            self._note_first_scheduled(schedules)
         previous, self._in_flight = self._in_flight, sent
         if previous is None:
             return []
-        outputs, waited = self._commit(*previous)
+        outputs, waited = self._commit(previous)
         stats = self.scheduler.stats()
         self.metrics.preempted(stats.num_preemptions - self._num_preemptions)
         self._num_preemptions = stats.num_preemptions
@@ -158,8 +166,8 @@ class Engine:
         self.metrics.step_finished(
             seconds=seconds,
             host_seconds=seconds - waited,
-            num_prefill_tokens=previous[0].num_prefill_tokens,
-            num_decode_tokens=previous[0].num_decode_tokens,
+            num_prefill_tokens=sum(schedule.num_prefill_tokens for schedule in previous.schedules),
+            num_decode_tokens=sum(schedule.num_decode_tokens for schedule in previous.schedules),
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             kv_usage=stats.kv.num_held / max(stats.kv.num_pages, 1),
@@ -180,12 +188,19 @@ class Engine:
         self.loaded.params = placed
         self.runner.set_params(self.loaded.serving_form()[1])
 
-    def _commit(self, schedule: Schedule, pending: PendingStep) -> tuple[list[RequestOutput], float]:
+    def _commit(self, pending: PendingStep) -> tuple[list[RequestOutput], float]:
         """Read a step and hand out its tokens. Returns the outputs and the seconds spent waiting for the device."""
         waiting_since = time.monotonic()
-        result = pending.read()
+        results = pending.read()
         now = time.monotonic()
         touched: dict[str, RequestState] = {}
+        for shard, (schedule, result) in enumerate(zip(pending.schedules, results, strict=True)):
+            self._commit_shard(shard, schedule, result, now, touched)
+        return [state.output for state in touched.values()], now - waiting_since
+
+    def _commit_shard(
+        self, shard: int, schedule: Schedule, result: StepResult, now: float, touched: dict[str, RequestState]
+    ) -> None:
         for sequence, first, token_ids, logprobs in result.prompt_logprobs:
             state = self._state_of(sequence)
             if state is not None:
@@ -197,7 +212,7 @@ class Engine:
                 self.scheduler.abort(sequence.request_id)
                 state.finish(now, self.metrics, "the model's logits are not finite; check the weights and the dtype")
                 touched[sequence.request_id] = state
-        for update in self.scheduler.commit(schedule, result.token_ids):
+        for update in self.scheduler.commit(shard, schedule, result.token_ids):
             sequence = update.sequence
             state = self._requests[sequence.request_id]
             touched[sequence.request_id] = state
@@ -212,7 +227,6 @@ class Engine:
                 if not state.num_open:
                     state.finish(now, self.metrics)
                     del self._requests[sequence.request_id]
-        return [state.output for state in touched.values()], now - waiting_since
 
     def _state_of(self, sequence: Sequence) -> RequestState | None:
         """None once its request has ended, even if another has taken the request's id."""
@@ -229,8 +243,8 @@ class Engine:
         self._set_gauges()
         self.runner.reset()
 
-    def _note_first_scheduled(self, schedule: Schedule) -> None:
-        for row in schedule.rows:
+    def _note_first_scheduled(self, schedules: Iterable[Schedule]) -> None:
+        for row in chain.from_iterable(schedule.rows for schedule in schedules):
             if row.is_new and row.sequence.sample_index == 0:
                 times = self._requests[row.sequence.request_id].output.metrics
                 if times.first_scheduled_time is not None:

@@ -20,6 +20,7 @@ from jaxinfer.checkpoint.orbax import is_orbax, load_orbax
 from jaxinfer.checkpoint.reader import CheckpointReader
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.fused import fuse, unfuse
+from jaxinfer.models.layout import check_layout, check_memory
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.registry import resolve as resolve_family
 from jaxinfer.plan import resolve_dtype
@@ -121,7 +122,10 @@ def load_model(
     made = make_mesh(mesh)
     stored = config_json.get("dtype") or config_json.get("torch_dtype")
     computed = resolve_dtype(str(np.dtype(dtype)) if dtype != "auto" else "auto", stored, made.devices.flat[0].platform)
+    check_layout(config, made)
     model = Model(config, computed)
+    shardings = param_shardings(model.abstract_params, model.logical_axes, made)
+    check_memory(model.abstract_params, shardings, made)
     if is_orbax(directory):
         params = load_orbax(directory, model.abstract_params, model.logical_axes, made, computed)
     else:

@@ -16,6 +16,7 @@ from jaxinfer.cache.groups import KVGroup, group_of_layer, kv_groups
 from jaxinfer.config import EngineConfig
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.ops.paged_attention import AttentionCase, Backend, choose_backend
+from jaxinfer.sharding.spmd import num_shards
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class LayerPlan:
 class Plan:
     """All that is static in a running engine. Token and sequence counts are padded to the buckets.
 
+    Sequences, tokens and pages are those of one shard of the mesh (sharding/spmd.py), heads those of one device.
     Sequence buckets are coarse: a sampler takes long to compile, and a row too many costs it little.
     """
 
@@ -60,12 +62,17 @@ class Plan:
     seed: int
 
     @property
+    def num_shards(self) -> int:
+        return num_shards(self.mesh)
+
+    @property
     def kv_cache_bytes(self) -> int:
-        return sum(pages * cost for pages, cost in zip(self.num_pages, self.page_bytes, strict=True))
+        """Of all devices together."""
+        return self.mesh.size * sum(pages * cost for pages, cost in zip(self.num_pages, self.page_bytes, strict=True))
 
     @property
     def page_bytes(self) -> list[int]:
-        """Bytes of one page of each group."""
+        """Bytes of one page of each group, on one device."""
         return _page_bytes(self.layers, len(self.groups), self.dtype)
 
     def describe(self) -> str:
@@ -75,6 +82,7 @@ class Plan:
                 f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}, mesh {dict(self.mesh.shape)}, "
                 f"{self.dtype.name}, max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
                 f"max_num_batched_tokens {self.max_num_batched_tokens}"
+                + ("" if self.num_shards == 1 else f", each of {self.num_shards} shards")
             ),
             f"KV cache {self.kv_cache_bytes / 2**20:.0f} MiB, pages of {self.page_size} tokens: "
             + "; ".join(
@@ -154,12 +162,13 @@ def _layer_plans(
     model: ModelConfig, groups: tuple[KVGroup, ...], page_size: int, dtype: np.dtype, mesh: Mesh, forced: str | None
 ) -> tuple[LayerPlan, ...]:
     owners = sorted(layer for group in groups for layer in group.layers)
+    tensor = mesh.shape["tensor"]
     chosen: dict[AttentionCase, Backend] = {}
     plans = []
     for index, (layer, group) in enumerate(zip(model.layers, group_of_layer(model), strict=True)):
         case = AttentionCase(
-            num_heads=layer.num_heads,
-            num_kv_heads=layer.num_kv_heads,
+            num_heads=layer.num_heads // tensor,
+            num_kv_heads=max(1, layer.num_kv_heads // tensor),
             head_dim=layer.head_dim,
             page_size=page_size,
             window=layer.window,
@@ -168,7 +177,6 @@ def _layer_plans(
             dtype=dtype.name,
             has_sinks=model.attention_sinks,
             platform=mesh.devices.flat[0].platform,
-            num_devices=mesh.size,
         )
         if case not in chosen:
             chosen[case], refusals = choose_backend(case, forced)
@@ -197,7 +205,7 @@ def _pool_sizes(
     max_num_seqs: int,
     mesh: Mesh,
 ) -> tuple[int, ...]:
-    """Pages of each group, page 0 included; costs: bytes of one page of each.
+    """Pages of each group, page 0 included; costs: bytes of one page of each, on one device.
 
     Rings never need more than max_num_seqs full rings, so they get that, or half of the memory at most; the groups
     that grow with the sequence share the rest, the same number of pages each, and never more than every sequence at
@@ -208,7 +216,7 @@ def _pool_sizes(
     if config.num_pages is not None:
         first = growing[0]
         return tuple(config.num_pages + 1 if g == first else pages for g, pages in zip(growing, most, strict=True))
-    memory = config.kv_cache_bytes or _free_memory(mesh)
+    memory = (config.kv_cache_bytes or _free_memory(mesh)) // mesh.size
     ring_bytes = sum(cost * pages for cost, pages, g in zip(costs, most, growing, strict=True) if not g)
     ring_limit = memory // 2 if any(growing) else memory
     ring_share = min(1.0, ring_limit / ring_bytes) if ring_bytes else 0.0
@@ -219,8 +227,8 @@ def _pool_sizes(
     )
     if min(pages) < 2:
         raise ValueError(
-            f"kv_cache_memory={memory} bytes holds {min(pages)} pages of {max(costs)} bytes; "
-            f"give at least {2 * (growing_cost + ring_bytes // max_num_seqs)} bytes or a smaller page_size"
+            f"kv_cache_memory={memory * mesh.size} bytes holds {min(pages)} pages of {max(costs) * mesh.size} bytes; "
+            f"give at least {2 * (growing_cost + ring_bytes // max_num_seqs) * mesh.size} bytes or a smaller page_size"
         )
     return pages
 
@@ -235,7 +243,7 @@ def _free_memory(mesh: Mesh) -> int:
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise ValueError(f"{device} does not tell its memory; give kv_cache_memory or num_pages")
-    return int(ACCELERATOR_FRACTION * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    return mesh.size * int(ACCELERATOR_FRACTION * (stats["bytes_limit"] - stats["bytes_in_use"]))
 
 
 def _host_memory() -> tuple[int, int]:

@@ -13,6 +13,7 @@ from jaxinfer.layers.norm import RMSNorm, rms_normalize
 from jaxinfer.layers.parameters import Parameters
 from jaxinfer.layers.rotary import Rotation, rotate
 from jaxinfer.models.config import LayerConfig, ModelConfig
+from jaxinfer.sharding.spmd import place_on
 
 Cache = TypeVar("Cache")
 
@@ -83,7 +84,14 @@ class Attention(nnx.Module):
             q = self.q_norm(q)
         if cos_sin is not None:
             q = rotate(q, cos_sin)
-        return q, k, v
+        return q, self._read_by(q, k), self._read_by(q, v)
+
+    def _read_by(self, q: jax.Array, kv: jax.Array | None) -> jax.Array | None:
+        """Of keys or values that every device has all heads of, the head that this device's queries read."""
+        if kv is None or q.shape[1] == self.num_heads or kv.shape[1] < self.num_kv_heads:
+            return kv
+        first = place_on("q_heads") * q.shape[1] // (self.num_heads // self.num_kv_heads)
+        return jax.lax.dynamic_slice_in_dim(kv, first, 1, axis=1)
 
     def _products(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         if self.qkv is not None:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.layers.parameters import Parameters
+from jaxinfer.sharding.spmd import place_on, sum_parts
 
 
 class Embedding(nnx.Module):
-    """A table [rows, width]; `rows` and `width` are {logical axis name: size} of one axis each."""
+    """A table [rows, width]; `rows` and `width` are {logical axis name: size} of one axis each.
+
+    Where the table at hand is one device's part of the rows, what is found is summed over the devices.
+    """
 
     def __init__(self, make: Parameters, rows: dict[str, int], width: dict[str, int]) -> None:
+        ((self.rows, self.num_rows),) = rows.items()
         self.weight = make.normal({**rows, **width}, math.prod(width.values()) ** -0.5)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.weight[...][ids]
+        table = self.weight[...]
+        if table.shape[0] == self.num_rows:
+            return table[ids]
+        own = ids - place_on(self.rows) * table.shape[0]
+        is_own = (own >= 0) & (own < table.shape[0])
+        return sum_parts(jnp.where(is_own[:, None], table[own], 0), self.rows)

@@ -15,6 +15,7 @@ from jaxinfer.layers.mlp import ACTIVATIONS, MLP
 from jaxinfer.layers.parameters import Parameters
 from jaxinfer.models.config import ExpertsConfig, LayerConfig, ModelConfig
 from jaxinfer.ops.grouped_matmul import grouped_matmul
+from jaxinfer.sharding.spmd import all_rows, place_on, sum_own_rows, sum_parts
 
 
 class MoE(nnx.Module):
@@ -84,10 +85,15 @@ def _in_best_groups(config: ExpertsConfig, ranked: jax.Array) -> jax.Array:
 
 
 class Experts(nnx.Module):
-    """The experts' gated feed-forwards, stacked: gate and up [E, F, D], down [E, D, F]."""
+    """The experts' gated feed-forwards, stacked: gate and up [E, F, D], down [E, D, F].
+
+    Where the experts at hand are one device's, it takes the rows of all devices that have others, and each gets back
+    the sum for its own rows; where they are parts of the width, the parts are summed.
+    """
 
     def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig) -> None:
         assert layer.experts is not None
+        self.num_experts, self.ffn_dim = layer.experts.num_experts, layer.ffn_dim
         self.activation, self.clamp = config.activation, layer.experts.clamp
         experts, bias = {"experts": layer.experts.num_experts}, layer.experts.bias
         embed, ffn = {"embed": config.hidden_size}, {"ffn": layer.ffn_dim}
@@ -97,9 +103,18 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
         """x [T, D], weights and chosen experts [T, A] -> [T, D]."""
-        rows, group_sizes = group_by_expert(chosen, self.gate.weight.shape[0])
+        num_experts, ffn_dim, _ = self.gate.weight.shape
+        is_cut = num_experts < self.num_experts
+        if is_cut:
+            x, weights, chosen = (all_rows(rows, "experts") for rows in (x, weights, chosen))
+            chosen = chosen - place_on("experts") * num_experts
+        is_here = (chosen >= 0) & (chosen < num_experts)
+        rows, group_sizes = group_by_expert(jnp.where(is_here, chosen, num_experts), num_experts)
         y = self.feed_forward(x[rows // chosen.shape[1]], group_sizes)
-        return combine(y, rows, weights)
+        y = combine(y, rows, jnp.where(is_here, weights, 0))
+        if is_cut:
+            y = sum_own_rows(y, "experts")
+        return sum_parts(y, "ffn") if ffn_dim < self.ffn_dim else y
 
     def feed_forward(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """x [R, D], grouped by expert, group_sizes [E] -> [R, D]."""
@@ -117,7 +132,8 @@ class StackedLinear(nnx.Module):
     def __init__(
         self, make: Parameters, experts: dict[str, int], inputs: dict[str, int], out: dict[str, int], *, bias: bool
     ) -> None:
-        (width,) = inputs.values()
+        ((self.input_axis, width),) = inputs.items()
+        self.input_size = width
         self.weight = make.normal({**experts, **out, **inputs}, width**-0.5)
         self.bias = make.constant({**experts, **out}, 0.0) if bias else None
 
@@ -127,13 +143,17 @@ class StackedLinear(nnx.Module):
         if self.bias is None:
             return y
         expert = jnp.repeat(jnp.arange(group_sizes.shape[0]), group_sizes, total_repeat_length=x.shape[0])
-        return y + self.bias[...][expert]
+        bias = self.bias[...]
+        if self.weight.shape[2] < self.input_size:  # y is one of several parts, and the bias is added to the first
+            bias = jnp.where(place_on(self.input_axis) == 0, bias, 0)
+        return y + bias[expert]
 
 
 def group_by_expert(chosen: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
     """chosen int32 [T, A] -> rows int32 [T * A], group_sizes int32 [E].
 
     Row r of the grouped order is choice rows[r] % A of token rows[r] // A; the rows of one expert are neighbours.
+    Choices of `num_experts` are of no expert: their rows come last, and in no group.
     """
     flat = chosen.reshape(-1)
     rows = jnp.argsort(flat, stable=True).astype(jnp.int32)

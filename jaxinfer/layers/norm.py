@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.layers.parameters import Parameters
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.sharding.spmd import mean_parts
 
 
-def rms_normalize(x: jax.Array, eps: float, num_axes: int = 1) -> jax.Array:
-    """x / rms(x) over the last `num_axes` axes, returned in float32."""
+def rms_normalize(x: jax.Array, eps: float, num_axes: int = 1, shared: Sequence[str] = ()) -> jax.Array:
+    """x / rms(x) over the last `num_axes` axes, returned in float32.
+
+    shared: logical axes of them that other devices have the other parts of.
+    """
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(x * x, axis=tuple(range(-num_axes, 0)), keepdims=True)
+    if shared:
+        mean_square = mean_parts(mean_square, *shared)
     return x * jax.lax.rsqrt(mean_square + eps)
 
 
@@ -23,11 +31,13 @@ class RMSNorm(nnx.Module):
     def __init__(self, make: Parameters, axes: dict[str, int], *, eps: float, offset: float) -> None:
         self.eps = eps
         self.offset = offset
+        self.axes, self.shape = tuple(axes), tuple(axes.values())
         self.weight = make.constant(axes, 1.0 - offset)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = self.weight[...].astype(jnp.float32) + self.offset
-        return (rms_normalize(x, self.eps, weight.ndim) * weight).astype(x.dtype)
+        shared = () if weight.shape == self.shape else self.axes
+        return (rms_normalize(x, self.eps, weight.ndim, shared) * weight).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

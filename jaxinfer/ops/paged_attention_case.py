@@ -17,7 +17,7 @@ class AttentionCase:
     dtype: name of the dtype of keys and values in the pool.
     has_sinks: every head has one more logit in its softmax, which mixes in nothing.
     platform: "cpu", "gpu" or "tpu".
-    num_devices: devices of the mesh the program runs on.
+    Heads are those of one device: attention is a program of its own on every device of a mesh.
     """
 
     num_heads: int
@@ -30,7 +30,6 @@ class AttentionCase:
     dtype: str
     has_sinks: bool
     platform: str
-    num_devices: int = 1
 
     @property
     def group_size(self) -> int:

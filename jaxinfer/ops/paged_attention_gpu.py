@@ -18,8 +18,6 @@ CAPABILITY = "9.0"  # Hopper: the kernel is made of its instructions, which no o
 def supports(case: AttentionCase) -> str | None:
     if case.platform != "gpu":
         return f"the platform is {case.platform}, not gpu"
-    if case.num_devices > 1:
-        return f"the kernel is a program of one device, the mesh has {case.num_devices}"
     capability = _capability()
     if capability != CAPABILITY:
         return f"the GPU's compute capability is {capability}, not {CAPABILITY} (Hopper)"

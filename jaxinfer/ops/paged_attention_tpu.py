@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 def supports(case: AttentionCase) -> str | None:
     if case.platform != "tpu":
         return f"the platform is {case.platform}, not tpu"
-    if case.num_devices > 1:
-        return f"the kernel is a program of one device, the mesh has {case.num_devices}"
     return tpu_layout.supports(case)
 
 

@@ -1,4 +1,7 @@
-"""The pure functions a step is made of. The runner compiles them; nothing here keeps state."""
+"""The pure functions a step is made of, as one device of a shard sees them. `step_programs.py` compiles them.
+
+`cuts` says how the parameters that a function gets are cut over the mesh.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,11 @@ from jaxinfer.ops.paged_attention import AttentionCase, Backend
 from jaxinfer.plan import Plan
 from jaxinfer.runner.batch import BatchLayout, DeviceBatch
 from jaxinfer.runner.segments import Segment, attention_kinds
-from jaxinfer.sampling.logprobs import TokenLogprobs, score
-from jaxinfer.sampling.rows import SamplingRows
-from jaxinfer.sampling.sampler import SampleOutput, sample
-from jaxinfer.sampling.state import SamplerState
+from jaxinfer.sharding.spmd import gather_stored
 
 
 def begin(
-    model: Model, plan: Plan, layout: BatchLayout, ends: Params, last_tokens: jax.Array, buffer: jax.Array
+    model: Model, plan: Plan, layout: BatchLayout, cuts: Any, ends: Params, last_tokens: jax.Array, buffer: jax.Array
 ) -> tuple[Stream, tuple[Any, ...]]:
     """A packed batch to what enters the first layer, and what attention needs to know of the batch, kind by kind.
 
@@ -34,7 +34,8 @@ def begin(
     tokens = jnp.where(batch.token_slots >= 0, from_slot, batch.tokens)
     backends = {(layer.case, layer.group): layer.backend for layer in plan.layers}
     prepared = tuple(backends[kind].prepare(kind[0], batch, kind[1]) for kind in attention_kinds(plan))
-    return model.begin(ends, tokens, batch.positions, context_len=plan.max_model_len), prepared
+    stream = model.begin(gather_stored(ends, cuts), tokens, batch.positions, context_len=plan.max_model_len)
+    return stream, prepared
 
 
 def run_layers(
@@ -42,6 +43,7 @@ def run_layers(
     plan: Plan,
     layout: BatchLayout,
     segment: Segment,
+    cuts: tuple[Any, ...],
     layers: tuple[Params, ...],
     x: jax.Array,
     pools: Pools,
@@ -57,15 +59,16 @@ def run_layers(
     attend = _paged_attend(plan, segment, layout.unpack(buffer), prepared)
     for place, index in enumerate(segment.layers):
         own = per_layer[place] if per_layer else None
-        x, pools = model.layer(index, layers[place], x, rotations, own, attend, pools)
+        params = gather_stored(layers[place], cuts[place])
+        x, pools = model.layer(index, params, x, rotations, own, attend, pools)
     return x, pools
 
 
 def end(
-    model: Model, layout: BatchLayout, ends: Params, x: jax.Array, buffer: jax.Array
+    model: Model, layout: BatchLayout, cuts: Any, ends: Params, x: jax.Array, buffer: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """x [T, D] after the last layer -> hidden states [T, D], and those of the rows to sample from [S, D]."""
-    hidden = model.end(ends, x)
+    hidden = model.end(gather_stored(ends, cuts), x)
     return hidden, hidden[layout.unpack(buffer).logits_tokens]
 
 
@@ -121,14 +124,11 @@ def _run_traced_once(
     return backend.run(case, q, k, v, pool, batch, group, metadata, sinks)
 
 
-def sample_tokens(
-    model: Model, params: Params, state: SamplerState, hidden: jax.Array, words: jax.Array
-) -> tuple[SampleOutput, SamplerState]:
-    """The next tokens of the rows `words` [R, columns]; hidden [S, D] holds theirs first."""
-    logits = model.logits(params, hidden[: words.shape[0]])
-    return sample(logits, state, SamplingRows(words))
+def logits(model: Model, num_rows: int, cuts: Any, ends: Params, hidden: jax.Array) -> jax.Array:
+    """hidden [S, D], of which the first `num_rows` count -> float32 logits [num_rows, V], this device's part of V."""
+    return model.logits(gather_stored(ends, cuts), hidden[:num_rows])
 
 
-def score_tokens(model: Model, params: Params, hidden: jax.Array, rows: jax.Array, targets: jax.Array) -> TokenLogprobs:
-    """Log-probabilities of `targets` [R] after the tokens at `rows` [R] of hidden [T, D]."""
-    return score(model.logits(params, hidden[rows]), targets)
+def logits_of(model: Model, cuts: Any, ends: Params, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+    """The logits after the tokens at `rows` [R] of hidden [T, D]: float32 [R, V], this device's part of V."""
+    return model.logits(gather_stored(ends, cuts), hidden[rows])

@@ -178,6 +178,18 @@ class Scheduler:
         return self._num_live - len(self._running)
 
     @property
+    def num_live_requests(self) -> int:
+        return len(self._live)
+
+    @property
+    def num_live_tokens(self) -> int:
+        """Of all sequences that have not ended: what their pages hold or will hold, as far as is known."""
+        return sum(sequence.num_total_tokens for samples in self._live.values() for sequence in samples)
+
+    def is_live(self, request_id: str) -> bool:
+        return request_id in self._live
+
+    @property
     def num_steps_in_flight(self) -> int:
         return len(self._in_flight)
 

@@ -2,7 +2,8 @@
 
 Modules name what a dimension is ("q_heads"); this table says which mesh axis cuts it. Tensor parallelism cuts heads,
 the feed-forward width and the vocabulary (Megatron-LM, arXiv:1909.08053); fsdp cuts the model width, so a weight is
-spread over both. A logical axis mapped to None is never cut.
+spread over both. A logical axis mapped to None is never cut. Nothing is computed along `fsdp`: what it cuts is gathered
+before it is used.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+STORED_APART = ("fsdp",)
 
 RULES: Mapping[str, str | None] = {
     "embed": "fsdp",
@@ -32,11 +35,22 @@ RULES: Mapping[str, str | None] = {
 }
 
 
+# What is kept whole by every device where it can not be cut evenly: little, or not worth refusing a model for.
+_WHOLE_IF_UNEVEN = ("vocab",)
+
+
+def mesh_axes(axes: Sequence[str]) -> tuple[str, ...]:
+    """The mesh axes that devices share these logical axes by."""
+    found = (RULES[axis] for axis in axes)
+    return tuple(axis for axis in found if axis is not None and axis not in STORED_APART)
+
+
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "array") -> PartitionSpec:
     """The PartitionSpec of an array of this shape whose dimensions are these logical axes (None: never cut).
 
-    Fewer kv heads than tensor-parallel devices are replicated. ValueError, naming the array, for an unknown logical
-    axis, for two dimensions cut by one mesh axis, and for a size that a mesh axis does not divide.
+    Fewer kv heads than tensor-parallel devices are replicated, and so is a vocabulary that they do not divide.
+    ValueError, naming the array, for an unknown logical axis, for two dimensions cut by one mesh axis, and for a size
+    that a mesh axis does not divide.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{name}: axes {tuple(axes)} do not fit shape {tuple(shape)}; name every dimension once")
@@ -47,7 +61,8 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh,
             raise ValueError(f"{name}: {axis!r} is not a logical axis; they are {', '.join(RULES)}")
         mesh_axis = None if axis is None else RULES[axis]
         ways = 1 if mesh_axis is None else mesh.shape.get(mesh_axis, 1)
-        if axis is None or mesh_axis is None or ways == 1 or (axis == "kv_heads" and size < ways):
+        is_whole = (axis == "kv_heads" and size < ways) or (axis in _WHOLE_IF_UNEVEN and size % ways != 0)
+        if axis is None or mesh_axis is None or ways == 1 or is_whole:
             parts.append(None)
             continue
         if mesh_axis in cut_by:

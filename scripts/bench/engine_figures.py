@@ -31,8 +31,7 @@ from jaxinfer.metrics.table import format_bytes, format_seconds
 from jaxinfer.models.config import LayerConfig, ModelConfig, RopeConfig
 from jaxinfer.models.model import Model
 from jaxinfer.plan import Plan, resolve
-from jaxinfer.runner.batch import pack
-from jaxinfer.runner.runner import PendingStep, bucket
+from jaxinfer.runner.runner import PendingStep
 from jaxinfer.scheduler.schedule import Schedule, SchedulerConfig
 from jaxinfer.scheduler.scheduler import Scheduler
 from jaxinfer.scheduler.sequence import Sequence
@@ -117,15 +116,11 @@ class DeviceOnly:
         self._last: tuple[Any, ...] | None = None
         engine.runner.execute = self._remember  # type: ignore[method-assign]
 
-    def _remember(self, schedule: Schedule, tables: Several[np.ndarray]) -> PendingStep:
-        runner, plan = self.runner, self.runner.plan
-        layout = runner._layout(bucket(schedule.num_tokens, plan.token_buckets))
-        rows = schedule.sampling_rows
-        positions = [row.start + row.num_tokens - row.sequence.num_prompt_tokens for row in rows]
-        size = bucket(len(rows), plan.sequence_buckets)
-        words = runner._table.rows([row.slot for row in rows], positions, size).words
-        self._last = layout, runner._sampler(size), pack(schedule, tables, layout), words
-        return self._execute(schedule, tables)
+    def _remember(self, schedules: Several[Schedule], tables: Several[Several[np.ndarray]]) -> PendingStep:
+        runner = self.runner
+        words = runner._sampling_words(schedules)
+        self._last = *runner._pack(schedules, tables), runner._programs.sampler(words.shape[1]), words
+        return self._execute(schedules, tables)
 
     def wait(self) -> None:
         """Until all that was sent is computed."""
@@ -138,7 +133,7 @@ class DeviceOnly:
         the device computes, and on few cores that slows the device.
         """
         assert self._last is not None
-        layout, sampler, buffer, words = self._last
+        layout, buffer, sampler, words = self._last
         runner = self.runner
         self.wait()
         started = time.perf_counter()

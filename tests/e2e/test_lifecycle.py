@@ -11,7 +11,8 @@ import pytest
 from jaxinfer.engine import Engine, make_request
 from jaxinfer.llm import LLM
 from jaxinfer.loading import load_model
-from jaxinfer.runner.runner import PendingStep, Runner
+from jaxinfer.runner.runner import PendingStep
+from jaxinfer.runner.step_programs import StepPrograms
 from jaxinfer.scheduler.scheduler import Scheduler
 from jaxinfer.types import Request, SamplingParams
 from tests.e2e.harness import (
@@ -225,7 +226,7 @@ def test_weights_of_another_model_are_refused(engine: Engine, twin: Twin) -> Non
     twin.check(finish(engine)[request_id])
 
 
-@pytest.mark.parametrize("broken", [(Runner, "_sampler"), (PendingStep, "read"), (Scheduler, "commit")])
+@pytest.mark.parametrize("broken", [(StepPrograms, "sampler"), (PendingStep, "read"), (Scheduler, "commit")])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_failed_step_leaves_a_working_engine(
     llm: LLM, twin: Twin, monkeypatch: pytest.MonkeyPatch, broken: tuple[type, str], error: type[BaseException]

@@ -1,0 +1,228 @@
+"""The compiled programs of a step, for every bucket: what they are made of, and how their arrays lie on the mesh.
+
+For each token bucket one that begins, one that ends and one for each kind of segment (segments.py); one sampler for
+each row bucket, one scorer of prompt tokens for each token bucket that needs it, one page copier, one admission.
+Everything is made from shapes: neither parameters nor devices need to be there.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinfer.cache.pool import abstract_pools, copy_pages
+from jaxinfer.models.model import Model
+from jaxinfer.ops.matmul import compiler_options
+from jaxinfer.plan import Plan
+from jaxinfer.runner import step
+from jaxinfer.runner.batch import BatchLayout
+from jaxinfer.runner.programs import Programs
+from jaxinfer.runner.segments import segments
+from jaxinfer.sampling.logprobs import score
+from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingRows
+from jaxinfer.sampling.sampler import SampleOutput, sample
+from jaxinfer.sampling.state import SamplerState, admit, init_state
+from jaxinfer.sharding.spmd import PER_DEVICE, PER_SHARD, SHARDS, each_device, each_shard, shardings, specs
+
+# Prompt positions whose log-probabilities one program computes; their logits take this many rows of the vocabulary.
+SCORED_ROWS = 32
+
+
+class StepPrograms:
+    """Programs of one model and plan; each is compiled, or loaded, when it is first asked for.
+
+    ends: the parameters of all but the layers. layers: those of each segment's layers. Of both only shapes and
+    shardings are read.
+    """
+
+    def __init__(self, model: Model, plan: Plan, ends: Any, layers: tuple[Any, ...], programs: Programs) -> None:
+        self.segments = segments(plan)
+        self.pools = abstract_pools(plan, NamedSharding(plan.mesh, PER_DEVICE))
+        self.state = self._initial_state(model, plan)
+        self._model, self._plan, self._programs = model, plan, programs
+        self._ends, self._layers = ends, layers
+        self._platform = plan.mesh.devices.flat[0].platform
+        functions = [segment.function for segment in self.segments]
+        self._same_as = [functions.index(function) for function in functions]
+        self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what its `begin` returns, once traced
+        head = ends["embed" if model.config.tie_embeddings else "lm_head"]["weight"].sharding.spec
+        self._logits = PartitionSpec(SHARDS, None, *head[:1])
+
+    def layout(self, num_tokens: int) -> BatchLayout:
+        return BatchLayout(num_tokens, self._plan.max_num_seqs, self._plan.table_widths)
+
+    def make_all(self) -> None:
+        """Every program that serving can need; afterwards nothing compiles."""
+        for num_tokens in self._plan.token_buckets:
+            layout = self.layout(num_tokens)
+            self.begin(layout)
+            for number in range(len(self.segments)):
+                self.layers(layout, number)
+            self.end(layout)
+            self.scorer(num_tokens)
+        for num_rows in self._plan.sequence_buckets:
+            self.sampler(num_rows)
+        self.copier()
+        self.admission()
+
+    def zeros(self, name: str, leaves: Any) -> Any:
+        """() -> zeros of the leaves' shapes, where they lie."""
+
+        def make() -> Any:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), leaves)
+
+        def lower() -> jax.stages.Lowered:
+            return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, leaves)).lower()
+
+        return self._programs.get((name, *(leaf.shape for leaf in jax.tree.leaves(leaves))), lower)
+
+    def begin(self, layout: BatchLayout) -> Any:
+        """(ends, last tokens, buffers) -> Stream, prepared."""
+        return self._programs.get(("begin", layout.num_tokens), lambda: self._trace_begin(layout).lower())
+
+    def _trace_begin(self, layout: BatchLayout) -> jax.stages.Traced:
+        cuts = specs(self._ends)
+        function = partial(step.begin, self._model, self._plan, layout, cuts)
+        run = self._jit(function, (cuts, PER_SHARD, PER_SHARD), PER_SHARD)
+        traced = run.trace(self._ends, self.state.last_tokens, self._buffer(layout))
+        here = NamedSharding(self._plan.mesh, PER_SHARD)
+        self._begun[layout.num_tokens] = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), traced.out_info
+        )
+        return traced
+
+    def layers(self, layout: BatchLayout, number: int) -> Any:
+        """(parameters, x, pools, rotations, per-layer inputs, prepared, buffers) -> x, pools: the program of a segment,
+        which it shares with those of the same function."""
+        number = self._same_as[number]
+        segment = self.segments[number]
+
+        def lower() -> jax.stages.Lowered:
+            if layout.num_tokens not in self._begun:  # `begin` came from the store
+                self._trace_begin(layout)
+            stream, prepared = self._begun[layout.num_tokens]
+            cuts = specs(self._layers[number])
+            function = partial(step.run_layers, self._model, self._plan, layout, segment, cuts)
+            inputs = (cuts, PER_SHARD, PER_DEVICE, PER_SHARD, PER_SHARD, PER_SHARD, PER_SHARD)
+            return self._jit(function, inputs, (PER_SHARD, PER_DEVICE), donate=(1, 2)).lower(
+                self._layers[number],
+                stream.x,
+                tuple(self.pools[pool] for pool in segment.pools),
+                stream.rotations,
+                stream.per_layer[: len(segment.layers)],
+                tuple(prepared[kind] for kind in segment.kinds),
+                self._buffer(layout),
+            )
+
+        options = self._options(layout.num_tokens, with_attention=True)
+        return self._programs.get(("layers", layout.num_tokens, number), lower, options)
+
+    def end(self, layout: BatchLayout) -> Any:
+        """(ends, x, buffers) -> hidden states, and those to sample from."""
+
+        def lower() -> jax.stages.Lowered:
+            cuts = specs(self._ends)
+            function = partial(step.end, self._model, layout, cuts)
+            run = self._jit(function, (cuts, PER_SHARD, PER_SHARD), (PER_SHARD, PER_SHARD), donate=(1,))
+            return run.lower(self._ends, self._hidden(layout.num_tokens), self._buffer(layout))
+
+        return self._programs.get(("end", layout.num_tokens), lower)
+
+    def sampler(self, num_rows: int) -> Any:
+        """(ends, state, hidden states, words) -> SampleOutput, state."""
+
+        def run(ends: Any, state: SamplerState, hidden: jax.Array, words: jax.Array) -> tuple[SampleOutput, Any]:
+            cuts = specs(self._ends)
+            function = partial(step.logits, self._model, num_rows, cuts)
+            logits = each_device(function, self._plan.mesh, (cuts, PER_SHARD), self._logits)(ends, hidden)
+            draw = each_shard(lambda *given: sample(given[0], given[1], SamplingRows(given[2])), self._plan.mesh, 3)
+            return draw(logits, state, words)
+
+        def lower() -> jax.stages.Lowered:
+            outputs = (NamedSharding(self._plan.mesh, PER_SHARD), jax.tree.map(lambda leaf: leaf.sharding, self.state))
+            jitted = jax.jit(run, donate_argnums=1, out_shardings=outputs)
+            words = self._per_shard((num_rows, NUM_COLUMNS))
+            return jitted.lower(self._ends, self.state, self._hidden(self._plan.max_num_seqs), words)
+
+        return self._programs.get(("sampler", num_rows), lower, self._options(num_rows))
+
+    def scorer(self, num_tokens: int) -> Any:
+        """(ends, hidden states, rows, targets) -> TokenLogprobs."""
+
+        def run(ends: Any, hidden: jax.Array, rows: jax.Array, targets: jax.Array) -> Any:
+            cuts = specs(self._ends)
+            function = partial(step.logits_of, self._model, cuts)
+            inputs = (cuts, PER_SHARD, PER_SHARD)
+            logits = each_device(function, self._plan.mesh, inputs, self._logits)(ends, hidden, rows)
+            return each_shard(score, self._plan.mesh, 2)(logits, targets)
+
+        def lower() -> jax.stages.Lowered:
+            rows = self._per_shard((SCORED_ROWS,))
+            jitted = jax.jit(run, out_shardings=NamedSharding(self._plan.mesh, PER_SHARD))
+            return jitted.lower(self._ends, self._hidden(num_tokens), rows, rows)
+
+        return self._programs.get(("scorer", num_tokens), lower, self._options(SCORED_ROWS))
+
+    def copier(self) -> Any:
+        """(pools, source pages, target pages) -> pools."""
+        groups = {layer.pool: layer.group for layer in self._plan.layers}
+        group_of_pool = tuple(groups[pool] for pool in range(len(groups)))
+
+        def copy(pools: Any, sources: jax.Array, targets: jax.Array) -> Any:
+            return copy_pages(pools, group_of_pool, sources, targets)
+
+        def lower() -> jax.stages.Lowered:
+            pairs = self._per_shard((len(self._plan.groups), self._plan.max_num_seqs))
+            run = self._jit(copy, (PER_DEVICE, PER_SHARD, PER_SHARD), PER_DEVICE, donate=(0,))
+            return run.lower(self.pools, pairs, pairs)
+
+        return self._programs.get("page copier", lower)
+
+    def admission(self) -> Any:
+        """(state, slots, counts, bias) -> state."""
+
+        def lower() -> jax.stages.Lowered:
+            size = self._model.config.vocab_size
+            outputs = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+            jitted = jax.jit(each_shard(admit, self._plan.mesh, 4), donate_argnums=0, out_shardings=outputs)
+            counts, bias = self._per_shard((size,)), self._per_shard((size,), np.float32)
+            return jitted.lower(self.state, self._per_shard(()), counts, bias)
+
+        return self._programs.get("admission", lower)
+
+    def _jit(self, function: Any, inputs: tuple[Any, ...], outputs: Any, donate: tuple[int, ...] = ()) -> Any:
+        mesh = self._plan.mesh
+        run = each_device(function, mesh, inputs, outputs)
+        return jax.jit(run, donate_argnums=donate, out_shardings=shardings(mesh, outputs))
+
+    def _options(self, num_rows: int, *, with_attention: bool = False) -> dict[str, str]:
+        with_experts = with_attention and any(layer.experts is not None for layer in self._plan.model.layers)
+        return compiler_options(num_rows, self._platform, with_attention=with_attention, with_experts=with_experts)
+
+    def _per_shard(self, shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        here = NamedSharding(self._plan.mesh, PER_SHARD)
+        return jax.ShapeDtypeStruct((self._plan.num_shards, *shape), dtype, sharding=here)
+
+    def _buffer(self, layout: BatchLayout) -> jax.ShapeDtypeStruct:
+        return self._per_shard((layout.size,))
+
+    def _hidden(self, num_rows: int) -> jax.ShapeDtypeStruct:
+        return self._per_shard((num_rows, self._model.config.hidden_size), self._plan.dtype)
+
+    @staticmethod
+    def _initial_state(model: Model, plan: Plan) -> SamplerState:
+        """Shapes of the sampler's state: slots by shard, and a slot's rows cut as the vocabulary is."""
+        shapes = jax.eval_shape(partial(init_state, plan.max_num_seqs, model.config.vocab_size))
+
+        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+            dense = leaf.ndim > 1 and leaf.shape[1] % plan.mesh.shape["tensor"] == 0
+            spec = PartitionSpec(SHARDS, None, "tensor") if dense else PER_SHARD
+            shape = (plan.num_shards, *leaf.shape)
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(plan.mesh, spec))
+
+        return jax.tree.map(placed, shapes)

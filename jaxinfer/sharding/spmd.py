@@ -1,0 +1,127 @@
+"""Programs over a mesh, written as what one device does (`jax.shard_map`): nothing moves between devices unasked.
+
+The devices form shards, one for each place on the axes of SHARDS; a shard has sequences, pages and sampler slots of its
+own, and its devices share the work on them. Arrays come in three kinds:
+
+    parameters   cut as sharding/rules.py says, and gathered over `fsdp` just before they are used (`gather_stored`)
+    PER_SHARD    axis 0 is shards: a batch, hidden states, a sampler's slots; all devices of a shard have its own
+    PER_DEVICE   axis 0 is cut over all devices: page pools, which nobody but a device's own kernel reads
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxinfer.sharding.mesh import AXES
+from jaxinfer.sharding.rules import STORED_APART, mesh_axes
+
+SHARDS = ("data", "fsdp", "expert")
+PER_SHARD = PartitionSpec(SHARDS)
+PER_DEVICE = PartitionSpec(AXES)
+
+
+def num_shards(mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in SHARDS)
+
+
+def specs(arrays: Any) -> Any:
+    """How arrays that lie on a mesh are cut, in their own structure."""
+    return jax.tree.map(lambda array: array.sharding.spec, arrays)
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """PartitionSpecs to NamedShardings, in the same structure."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=_is_spec)
+
+
+def each_device(function: Callable[..., Any], mesh: Mesh, inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
+    """`function`, given and giving one device's parts, as a function of whole arrays.
+
+    inputs, outputs: a PartitionSpec, or a structure of them, for every argument and result. Arrays whose first axis is
+    cut into shards come without that axis, and are given back so.
+    """
+    return jax.shard_map(
+        _without_shard_axis(function, inputs, outputs), mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False
+    )
+
+
+def each_shard(function: Callable[..., Any], mesh: Mesh, num_inputs: int) -> Callable[..., Any]:
+    """`function` of PER_SHARD arguments and results; how a shard's devices share its work is left to XLA."""
+    inputs = (PER_SHARD,) * num_inputs
+    return jax.shard_map(
+        _without_shard_axis(function, inputs, PER_SHARD),
+        mesh=mesh,
+        in_specs=inputs,
+        out_specs=PER_SHARD,
+        axis_names=set(SHARDS),
+        check_vma=False,
+    )
+
+
+def _without_shard_axis(function: Callable[..., Any], inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        results = function(*map(_own, inputs, arguments))
+        return _given_back(outputs, results) if _is_spec(outputs) else tuple(map(_given_back, outputs, results))
+
+    return run
+
+
+def _own(spec: Any, argument: Any) -> Any:
+    return jax.tree.map(lambda array: array[0], argument) if _has_shard_axis(spec) else argument
+
+
+def _given_back(spec: Any, result: Any) -> Any:
+    return jax.tree.map(lambda array: array[None], result) if _has_shard_axis(spec) else result
+
+
+def _has_shard_axis(spec: Any) -> bool:
+    return _is_spec(spec) and len(spec) > 0 and spec[0] == SHARDS
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
+# On one device of a mesh, inside each_device:
+
+
+def gather_stored(params: Any, cuts: Any) -> Any:
+    """Parameters whole again along the axes they are only stored apart by; `cuts` are their PartitionSpecs."""
+
+    def whole(spec: PartitionSpec, part: jax.Array) -> jax.Array:
+        for dimension, axis in enumerate(spec):
+            if axis in STORED_APART:
+                part = jax.lax.all_gather(part, axis, axis=dimension, tiled=True)
+        return part
+
+    return jax.tree.map(whole, cuts, params, is_leaf=_is_spec)
+
+
+def sum_parts(x: jax.Array, *axes: str) -> jax.Array:
+    """The sum of what the devices that share these logical axes have."""
+    return jax.lax.psum(x, mesh_axes(axes))
+
+
+def mean_parts(x: jax.Array, *axes: str) -> jax.Array:
+    """The mean of what the devices that share these logical axes have."""
+    return jax.lax.pmean(x, mesh_axes(axes))
+
+
+def all_rows(x: jax.Array, axis: str) -> jax.Array:
+    """The rows [T, ...] of all devices that share a logical axis, one device's after another's."""
+    return jax.lax.all_gather(x, mesh_axes((axis,)), axis=0, tiled=True)
+
+
+def sum_own_rows(x: jax.Array, axis: str) -> jax.Array:
+    """Of `all_rows` of the devices that share a logical axis, the sum of this device's own rows."""
+    return jax.lax.psum_scatter(x, mesh_axes((axis,)), scatter_dimension=0, tiled=True)
+
+
+def place_on(axis: str) -> jax.Array:
+    """Which part of a logical axis is this device's, int32 []."""
+    return jax.lax.axis_index(mesh_axes((axis,)))

@@ -1,0 +1,83 @@
+"""The layout changes where things live, never what comes out: every mesh gives the tokens of one device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxinfer.loading import load_model
+from tests.e2e.harness import GOLDENS
+from tests.sharding.run_on_devices import run_on_devices
+
+LAYOUTS = {
+    "llama3_gqa": ["data=2,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=6"],
+    "gpt_bigcode_mqa": ["tensor=4"],  # one kv head: every device has it
+    "gemma2": ["data=2,tensor=2"],  # windows, soft caps
+    "gemma4_e": ["data=2,fsdp=2"],  # keys shared across layers, per-layer inputs, two head dims
+    "olmo2": ["tensor=2"],  # a norm over all heads
+    "qwen2_moe_step": ["tensor=2"],  # a shared expert, dense layers between
+    "qwen3_moe_windows": ["data=2,expert=2,tensor=2"],
+    "gpt_oss": ["expert=5", "tensor=2"],  # sinks, biases
+}
+
+
+@pytest.mark.parametrize("golden", LAYOUTS)
+def test_every_layout_gives_the_tokens_of_one_device(golden: str) -> None:
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.layouts", json.dumps([golden, ["", *LAYOUTS[golden]]])],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    alone, *spread = json.loads(result.stdout.splitlines()[-1])
+    assert alone["devices"] == 1
+    assert alone["preemptions"] > 0
+    assert alone["hits"] > 0
+    for mesh, answer in zip(LAYOUTS[golden], spread, strict=True):
+        assert answer["devices"] > 1
+        assert answer["tokens"] == alone["tokens"], mesh
+
+
+REFUSALS = {
+    "tensor=4": "mesh axis tensor=4 does not divide num_heads=6 of layer 0; use one of 1, 2, 6",
+    "tensor=3": "mesh axis tensor=3 neither divides num_kv_heads=2 of layer 0 nor is a multiple of it; "
+    "use one of 1, 2, 6",
+    "fsdp=7": "mesh axis fsdp=7 does not divide the model's width of 30; use a size that does",
+    "stage=2": "mesh axis stage=2: models are not spread over 'stage'; use data, fsdp, expert, tensor",
+    "expert=2": "mesh axis expert=2: this model has no experts; use data",
+    "data=9": "mesh='data=9' needs 9 devices and 8 are there; choose axis sizes that multiply to 8",
+}
+
+
+def test_what_can_not_be_laid_out_is_refused_before_anything_is_read() -> None:
+    code = f"""
+from jaxinfer.loading import load_model
+for mesh in {list(REFUSALS)}:
+    try:
+        load_model({str(GOLDENS / "llama3_gqa")!r}, mesh=mesh)
+    except ValueError as error:
+        print(error)
+"""
+    assert run_on_devices(code, 8).splitlines() == list(REFUSALS.values())
+
+
+def test_a_model_too_large_for_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jaxinfer.models.layout.memory_limit", lambda mesh: 2**16)
+    with pytest.raises(
+        ValueError,
+        match=r"GiB it has; spread them over \d+ times as many devices",
+    ):
+        load_model(GOLDENS / "llama3_gqa")
