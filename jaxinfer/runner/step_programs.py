@@ -201,7 +201,8 @@ class StepPrograms:
         return jax.jit(run, donate_argnums=donate, out_shardings=shardings(mesh, outputs))
 
     def _options(self, num_rows: int, *, with_attention: bool = False) -> dict[str, str]:
-        return compiler_options(num_rows, self._platform, with_attention=with_attention)
+        with_experts = with_attention and any(layer.experts is not None for layer in self._plan.model.layers)
+        return compiler_options(num_rows, self._platform, with_attention=with_attention, with_experts=with_experts)
 
     def _per_shard(self, shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
         here = NamedSharding(self._plan.mesh, PER_SHARD)

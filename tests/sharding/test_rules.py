@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from jaxinfer.models.config import LayerConfig, ModelConfig
+from jaxinfer.models.config import ExpertsConfig, LayerConfig, ModelConfig
 from jaxinfer.models.model import Model
 from jaxinfer.sharding.mesh import AXES
 from jaxinfer.sharding.rules import param_shardings, partition_spec
@@ -56,10 +57,12 @@ def test_refusals(axes: Any, shape: Any, message: str) -> None:
 def test_every_parameter_of_a_model() -> None:
     """No parameter of a decoder with all its parts has an axis without a rule, and the large ones are all cut."""
     layer = LayerConfig(num_heads=4, num_kv_heads=2, head_dim=8, ffn_dim=64)
+    experts = ExpertsConfig(4, 2, bias=True, router_bias=True, score_bias=True, shared_ffn_dim=16, shared_gate=True)
     config = ModelConfig(
-        "test", 128, 32, 64, (layer, layer), qkv_bias=True, output_bias=True, mlp_bias=True, norm_bias=True,
+        "test", 128, 32, 64, (layer, replace(layer, experts=experts)),
+        qkv_bias=True, output_bias=True, mlp_bias=True, norm_bias=True,
         norm_placement="sandwich", qk_norm="head", tie_embeddings=False, learned_positions=True,
-        per_layer_input_dim=8, per_layer_input_vocab=128, layer_scalar=True,
+        per_layer_input_dim=8, per_layer_input_vocab=128, layer_scalar=True, attention_sinks=True,
     )  # fmt: skip
     model = Model(config, jnp.float32)
     shardings = param_shardings(model.abstract_params, model.logical_axes, mesh(tensor=2, fsdp=2))
