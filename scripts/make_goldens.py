@@ -6,8 +6,8 @@ Needs torch and transformers, which nothing else in this project does. The commi
 torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0 and numpy 2.4.6 on Python 3.11, and come out byte for byte
 the same with these versions.
 
-For each variant of golden_variants.py and golden_gemma.py this writes a directory NAME with config.json, safetensors
-and golden.npz:
+For each variant of the golden_*.py files beside this one, a directory NAME with config.json, safetensors and
+golden.npz is written:
 
     prompt_i   int32   [T]      token ids; i = 0 is short, i = 1 exceeds every window and rope switch-over length
     logits_i   float32 [T, V]   of every position, computed in float32 with eager attention
@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from golden_deepseek import DEEPSEEK
 from golden_gemma import GEMMA
 from golden_variants import VARIANTS, Variant
 from safetensors.torch import save_file
@@ -86,7 +87,14 @@ def fill(model: PreTrainedModel, variant: Variant, seed: int) -> None:
             value = 0.3 * noise / (math.sqrt(tensor.shape[-1]) if "Scaled" in owner else 1.0)
         else:
             # Queries and keys large enough for peaked attention.
-            peaked = ("q_proj.weight", "k_proj.weight", "qkv_proj.weight", "c_attn.weight", "lm_head.weight")
+            peaked = (
+                "q_proj.weight",
+                "k_proj.weight",
+                "q_b_proj.weight",
+                "qkv_proj.weight",
+                "c_attn.weight",
+                "lm_head.weight",
+            )
             gain = 1.5 if name.endswith(peaked) else 1.0
             value = gain / math.sqrt(tensor.shape[-1]) * noise
         tensor.copy_(value.to(DTYPES[variant.dtype]))
@@ -230,7 +238,7 @@ def make(variant: Variant, out: Path) -> None:
 
 
 def main() -> None:
-    variants = [*VARIANTS, *GEMMA]
+    variants = [*VARIANTS, *GEMMA, *DEEPSEEK]
     names = [variant.name for variant in variants]
     parser = argparse.ArgumentParser(description="Make the golden checkpoints with torch and transformers.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write them into")

@@ -18,8 +18,8 @@ def dense_attend(config: ModelConfig) -> Attend[KeysAndValues]:
         index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, cache: KeysAndValues
     ) -> tuple[jax.Array, KeysAndValues]:
         layer = config.layers[index]
-        if k is not None and v is not None:
-            cache = {**cache, index: (k, v)}
+        if k is not None:
+            cache = {**cache, index: (k, k[..., : layer.latent_dim] if v is None else v)}
         keys, values = cache[index if layer.kv_source is None else layer.kv_source]
         length = q.shape[0]
         grouped = q.reshape(length, layer.num_kv_heads, -1, layer.head_dim)
@@ -31,6 +31,6 @@ def dense_attend(config: ModelConfig) -> Attend[KeysAndValues]:
         visible = behind >= 0 if layer.window is None else (behind >= 0) & (behind < layer.window)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         mixed = jnp.einsum("kgtj,jkh->tkgh", weights, values.astype(jnp.float32))
-        return mixed.reshape(length, layer.num_heads, layer.head_dim).astype(q.dtype), cache
+        return mixed.reshape(length, layer.num_heads, -1).astype(q.dtype), cache
 
     return attend

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families import (
+    deepseek,
     gemma,
     gemma4,
     gpt_bigcode,
@@ -35,6 +36,8 @@ _FAMILIES = (
     starcoder2.FAMILY,
     olmo2.FAMILY,
     smollm3.FAMILY,
+    deepseek.V2,
+    deepseek.V3,
 )
 
 ARCHITECTURES: dict[str, Family] = {name: family for family in _FAMILIES for name in family.architectures}

@@ -18,6 +18,9 @@ class AttentionCase:
     has_sinks: every head has one more logit in its softmax, which mixes in nothing.
     platform: "cpu", "gpu" or "tpu".
     num_devices: devices of the mesh the program runs on.
+    latent_dim: the first so many numbers of a key are its value (multi-head latent attention, arXiv:2405.04434, with
+    its up-projections in the queries and after the mixing). There is no v, the pool holds keys alone, and what comes
+    out is so wide. None: values are apart, as wide as keys.
     """
 
     num_heads: int
@@ -31,6 +34,7 @@ class AttentionCase:
     has_sinks: bool
     platform: str
     num_devices: int = 1
+    latent_dim: int | None = None
 
     @property
     def group_size(self) -> int:

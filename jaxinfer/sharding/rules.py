@@ -22,6 +22,8 @@ RULES: Mapping[str, str | None] = {
     "experts": "expert",
     "tokens": "data",
     "head_dim": None,
+    "latent": None,
+    "q_latent": None,
     "position": None,
     "per_layer": None,
     "per_layer_dim": None,
