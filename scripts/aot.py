@@ -114,7 +114,7 @@ def paged(kernel: Any, case: ModelCase, step: tuple[int, int, int], writes: bool
     pool = kernel.pool_shape(case, NUM_PAGES)
     arguments = (
         array((num_tokens, case.num_heads, case.head_dim)),
-        (new, new) if writes else None,
+        (new, new if case.latent_dim is None else None) if writes else None,
         array(pool),
         integers((num_rows, width)),
         integers((num_rows + 1,)),
