@@ -168,7 +168,7 @@ def _layer_plans(
             soft_cap=model.attention_softcap,
             scale=model.scale_of(layer),
             dtype=dtype.name,
-            has_sinks=False,
+            has_sinks=model.attention_sinks,
             platform=mesh.devices.flat[0].platform,
             num_devices=mesh.size,
         )

@@ -6,7 +6,7 @@ from golden_variants import PLAIN_ROPE, Variant, legacy, legacy_type_key, rope, 
 
 
 def deepseek(model_type: str, **changes) -> dict:
-    """A small configuration, its sizes all different; the layers have no experts."""
+    """A small configuration, its sizes all different; without changes its two layers have no experts."""
     base = small(
         model_type,
         hidden_size=36,
@@ -20,6 +20,18 @@ def deepseek(model_type: str, **changes) -> dict:
         first_k_dense_replace=2,
     )
     return base | changes
+
+
+def experts(**changes) -> dict:
+    """Experts in the last two of three layers."""
+    return {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 16,
+    } | changes
 
 
 def yarn(**changes) -> dict:
@@ -51,5 +63,48 @@ DEEPSEEK = [
         ),
         ablations={"pairs half and half": {"rope_interleave": True}},
         rewrite_config=legacy,
+    ),
+    Variant(
+        "deepseek_v2_lite",
+        deepseek(
+            "deepseek_v2", q_lora_rank=None, **experts(), rope_parameters=yarn(mscale=0.707, mscale_all_dim=0.707)
+        ),
+        ablations={"third expert": {"num_experts_per_tok": 2}},
+        rewrite_config=legacy,
+    ),
+    Variant(
+        "deepseek_v2",
+        deepseek(
+            "deepseek_v2",
+            **experts(),
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=3.0,
+            rope_parameters=yarn(mscale=0.707, mscale_all_dim=0.707),
+        ),
+        ablations={
+            "groups": {"topk_method": "greedy"},
+            "scaling": {"routed_scaling_factor": 1.0},
+        },
+        rewrite_config=lambda config: legacy_type_key(config) | {"scoring_func": "softmax", "moe_layer_freq": 1},
+    ),
+    Variant(
+        "deepseek_v3",
+        deepseek(
+            "deepseek_v3",
+            **experts(n_shared_experts=1),
+            n_group=4,
+            topk_group=2,
+            rope_parameters=yarn(mscale=1.0, mscale_all_dim=1.0),
+        ),
+        ablations={
+            "groups": {"topk_group": 4},
+            "normalised scores": {"norm_topk_prob": False},
+            "scaling": {"routed_scaling_factor": 1.0},
+        },
+        rewrite_config=lambda config: (
+            legacy_type_key(config) | {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+        ),
     ),
 ]

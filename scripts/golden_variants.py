@@ -1,4 +1,5 @@
-"""The model variants that make_goldens.py turns into golden checkpoints, but for Gemma's (golden_gemma.py).
+"""The model variants that make_goldens.py turns into golden checkpoints, but for Gemma's (golden_gemma.py)
+and those with experts (golden_experts.py).
 
 Sizes are small and awkward on purpose: odd head counts, head dims that are not width / heads, windows of 8 tokens,
 rope switch-over lengths between the two prompts' lengths (7 and 40 tokens).
@@ -21,6 +22,7 @@ class Variant:
     off. no_gradient: suffixes of weights that cannot matter (a key bias without rope cancels in the softmax).
     rewrite_config: turns the saved config.json into an older or sparser form of the same. rename and ignored_tensors:
     for checkpoints whose names have another prefix, with tensors (name -> shape) that loaders are to ignore.
+    packed: the experts' weights are stored as MXFP4.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Variant:
     rewrite_config: Callable[[dict], dict] | None = None
     rename: Callable[[str], str] | None = None
     ignored_tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    packed: bool = False
 
 
 def small(model_type: str, **changes) -> dict:

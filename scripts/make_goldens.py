@@ -3,7 +3,8 @@
     python scripts/make_goldens.py --out tests/conformance/goldens [--only NAME ...]
 
 Needs torch and transformers, which nothing else in this project does. The committed files were made with
-torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0 and numpy 2.4.6 on Python 3.11, and come out byte for byte
+torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0, numpy 2.4.6 and, for gpt_oss_mxfp4 alone, accelerate 1.15.0
+on Python 3.11, and come out byte for byte
 the same with these versions.
 
 For each variant of the golden_*.py files beside this one, a directory NAME with config.json, safetensors and
@@ -34,9 +35,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from golden_deepseek import DEEPSEEK
+from golden_experts import EXPERTS
 from golden_gemma import GEMMA
 from golden_variants import VARIANTS, Variant
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
@@ -48,6 +50,10 @@ MIN_DISTINCT = 4
 MAX_ROUNDING = 4e-5
 MAX_SEEDS = 200
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BUFFERS = ("layer_scalar", "e_score_correction_bias")
+PACKED = ("experts.gate_up_proj", "experts.down_proj")
+_POSITIVE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+MXFP4 = [*_POSITIVE, *(-number for number in _POSITIVE)]
 
 log = logging.getLogger("make_goldens")
 
@@ -67,11 +73,14 @@ def fill(model: PreTrainedModel, variant: Variant, seed: int) -> None:
     # A tied head sees small embeddings (so that a token's own embedding does not decide the next one): make up for it.
     tied, scaled = model.config.tie_word_embeddings, model.config.model_type.startswith("gemma")
     final_norm = (8.0 if scaled else 2.0) if tied else 1.0
-    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith("layer_scalar")}
+    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith(BUFFERS)}
     for name in sorted(tensors):
         tensor = tensors[name]
         noise = torch.randn(tensor.shape, generator=generator)
         owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        if variant.packed and name.endswith(PACKED):
+            tensor.copy_(unpack(*random_packed(tensor, generator)))
+            continue
         if name.endswith("layer_scalar"):
             value = 0.8 + 0.15 * noise
         elif name.endswith("bias"):
@@ -99,6 +108,35 @@ def fill(model: PreTrainedModel, variant: Variant, seed: int) -> None:
             value = gain / math.sqrt(tensor.shape[-1]) * noise
         tensor.copy_(value.to(DTYPES[variant.dtype]))
     model.tie_weights()
+
+
+def random_packed(like: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random MXFP4 blocks and scales of experts' weights [E, in, out]: [E, out, in / 32, 16] and [E, out, in / 32]."""
+    shape = (like.shape[0], like.shape[2], like.shape[1] // 32)
+    blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+    # The numbers' root mean square is about 3.
+    scales = 127 - round(math.log2(3 * math.sqrt(like.shape[1]))) + torch.randint(-1, 2, shape, generator=generator)
+    return blocks, scales.to(torch.uint8)
+
+
+def unpack(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Those numbers, [E, in, out]."""
+    halves = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
+    numbers = torch.tensor(MXFP4)[halves] * 2.0 ** (scales.float() - 127)[..., None]
+    return numbers.flatten(-2).transpose(1, 2)
+
+
+def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `unpack` for numbers that can be packed."""
+    numbers = tensor.float().transpose(1, 2).unflatten(-1, (-1, 32))
+    # The least exponent at which no number is above 6.
+    scales = torch.ceil(torch.log2(numbers.abs().amax(-1) / 6)) + 127
+    halves = numbers / 2.0 ** (scales - 127)[..., None]
+    codes = (halves[..., None] == torch.tensor(MXFP4[:8] + MXFP4[9:])).int()
+    assert bool((codes.sum(-1) == 1).all())
+    index = codes.argmax(-1)
+    index = torch.where(index > 7, index + 1, index).to(torch.uint8).unflatten(-1, (-1, 2))
+    return index[..., 0] | index[..., 1] << 4, scales.to(torch.uint8)
 
 
 @torch.no_grad()
@@ -180,6 +218,13 @@ def save(model: PreTrainedModel, variant: Variant, directory: Path) -> None:
         for name, shape in variant.ignored_tensors.items():
             tensors[name] = torch.randn(shape, generator=extra).to(dtype)
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    if variant.packed:
+        tensors = load_file(directory / "model.safetensors")
+        for name in [name for name in tensors if name.endswith(PACKED)]:
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = pack(tensors.pop(name))
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads(config_path.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+        config_path.write_text(json.dumps(config, indent=2) + "\n")
     if variant.rewrite_config is not None:
         config = variant.rewrite_config(json.loads(config_path.read_text()))
         config_path.write_text(json.dumps(config, indent=2) + "\n")
@@ -238,7 +283,7 @@ def make(variant: Variant, out: Path) -> None:
 
 
 def main() -> None:
-    variants = [*VARIANTS, *GEMMA, *DEEPSEEK]
+    variants = [*VARIANTS, *GEMMA, *EXPERTS, *DEEPSEEK]
     names = [variant.name for variant in variants]
     parser = argparse.ArgumentParser(description="Make the golden checkpoints with torch and transformers.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write them into")

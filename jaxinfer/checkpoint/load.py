@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
+from jaxinfer.checkpoint.mxfp4 import PACKED_BYTES, unpack_mxfp4
 from jaxinfer.checkpoint.reader import CheckpointReader, TensorInfo
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families.base import Family, Source
@@ -56,7 +58,7 @@ def load_params(
     shapes = {path: tuple(leaf.shape) for path, (_, leaf) in zip(paths, leaves, strict=True)}
     check_tensors(reader, sources, shapes, family)
 
-    infos = [reader.tensors[sources[path].name] for path in paths]
+    infos = [reader.tensors[sources[path].names(1)[0]] for path in paths]
     in_file_order = sorted(range(len(paths)), key=lambda i: (infos[i].file, infos[i].offset))
     arrays: dict[int, jax.Array] = {}
     previous: jax.Array | None = None
@@ -96,49 +98,152 @@ def load_param(
     sharding: Sharding,
     pool: Executor | None = None,
 ) -> jax.Array:
-    """One parameter: every distinct slice that this process's devices hold is read (and cast) once."""
-    info = reader.tensors[source.name]
-    row_size = math.prod(info.shape[1:])
-    first = 0 if source.rows is None else source.rows[0] * row_size
+    """One parameter: every distinct slice that this process's devices hold is read (and cast) once.
 
-    def read(start: int, read_shape: tuple[int, ...]) -> np.ndarray:
-        out = aligned_empty(read_shape, dtype)
-        reader.read_flat(info.name, first + start, out.reshape(-1), pool)
-        return out
-
-    # What no single range of bytes can serve is read whole and cut here: transposed tensors, those fused head by head.
-    whole: np.ndarray | None = None
-    if source.transpose or source.head_rows is not None:
-        stored = read(0, (_num_rows(info, source), *info.shape[1:]))
-        if source.head_rows is not None:
-            stored = stored.reshape(shape[0], -1, *info.shape[1:])[:, slice(*source.head_rows)]
-            stored = stored.reshape(-1, *info.shape[1:])
-        whole = _own((stored.T if source.transpose else stored).reshape(shape))
-        del stored
-
-    slices: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-    block: tuple[tuple[int, int], np.ndarray] | None = None
-    shards: list[jax.Array] = []
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        index = index or ()
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        if bounds not in slices:
-            rows = bounds[0] if bounds else (0, 1)
-            if whole is not None:
-                value = whole[index]
-            else:
-                # Devices come row by row, so one block of whole rows serves all that cut it into columns.
-                if block is None or block[0] != rows:
-                    start = rows[0] * math.prod(shape[1:])
-                    block = rows, read(start, (rows[1] - rows[0], *shape[1:]) if shape else ())
-                value = block[1][(slice(None), *index[1:])] if shape else block[1]
-            slices[bounds] = _own(value)
-        shards.append(jax.device_put(slices[bounds], device))
+    Of experts stacked in it, one at a time is on the host beside the parameter.
+    """
+    bounds = {
+        device: tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
+    matrices = stored_matrices(reader, source, shape)
+    slices: dict[Bounds, np.ndarray] = {}
+    if source.stacked:
+        for cut in bounds.values():
+            slices.setdefault(cut, aligned_empty([stop - start for start, stop in cut], dtype))
+        for expert, matrix in enumerate(matrices):
+            reading = _Reading(reader, matrix, source, shape[1:], dtype, pool)
+            for cut, out in slices.items():
+                if cut[0][0] <= expert < cut[0][1]:
+                    reading.fill(out[expert - cut[0][0]], cut[1:])
+    else:
+        reading = _Reading(reader, matrices[0], source, shape, dtype, pool)
+        for cut in bounds.values():
+            if cut not in slices:
+                slices[cut] = _own(reading.cut(cut))
+    shards = [jax.device_put(slices[cut], device) for device, cut in bounds.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _num_rows(info: TensorInfo, source: Source) -> int:
-    return info.shape[0] if source.rows is None else source.rows[1] - source.rows[0]
+Bounds = tuple[tuple[int, int], ...]  # [start, stop) of every dimension
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """What one Source names, of one expert where they are stacked: numbers from `start` on in a tensor.
+
+    shape: of the numbers. scales: the tensor of their exponents, where they are packed: `start` counts bytes then.
+    """
+
+    info: TensorInfo
+    start: int
+    shape: tuple[int, ...]
+    scales: TensorInfo | None
+
+
+def stored_matrices(reader: CheckpointReader, source: Source, shape: tuple[int, ...]) -> list[StoredMatrix]:
+    """What fills a parameter of this shape: one matrix, or one for each expert. Every tensor must be there.
+
+    ValueError for a tensor with another number of experts than the parameter.
+    """
+    scales = None if source.scales is None else reader.tensors[source.scales]
+    infos = [reader.tensors[name] for name in source.names(shape[0] if shape else 1)]
+    own_axis = source.stacked and "*" not in source.name
+    if own_axis:
+        if infos[0].shape[:1] != shape[:1]:
+            raise ValueError(_does_not_fill(infos[0], source.name, shape))
+        infos = infos * shape[0]
+    matrices = []
+    for index, info in enumerate(infos):
+        own = info.shape[1:] if own_axis else info.shape
+        start = index * math.prod(own) if own_axis else 0
+        if scales is not None:
+            if info.dtype != np.uint8 or scales.dtype != np.uint8 or info.shape != (*scales.shape, PACKED_BYTES):
+                raise ValueError(
+                    f"tensors {info.name!r} {list(info.shape)} and {scales.name!r} {list(scales.shape)} are not "
+                    f"MXFP4 blocks of {PACKED_BYTES} bytes and their scales; copy the checkpoint again"
+                )
+            own = (*own[:-2], own[-2] * 2 * PACKED_BYTES)
+        matrices.append(StoredMatrix(info, start, own, scales))
+    return matrices
+
+
+class _Reading:
+    """The slices of a parameter, or of one expert's part of it; what serves several of them is read once."""
+
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        matrix: StoredMatrix,
+        source: Source,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        pool: Executor | None,
+    ) -> None:
+        self._reader, self._matrix, self._shape, self._dtype, self._pool = reader, matrix, shape, dtype, pool
+        row_size = math.prod(matrix.shape[1:])
+        self._first = matrix.start + (0 if source.rows is None else source.rows[0] * row_size)
+        self._block: tuple[tuple[int, int], np.ndarray] | None = None
+        # What no single range of bytes can serve is read whole and cut here.
+        in_place = not (source.transpose or source.head_rows or source.every or source.scales)
+        self._whole = None if in_place else _own(self._read_whole(source).reshape(shape))
+
+    def cut(self, bounds: Bounds) -> np.ndarray:
+        """The numbers within `bounds`: an array of its own, or a view of one."""
+        columns = tuple(slice(*bound) for bound in bounds[1:])
+        if self._whole is not None:
+            return self._whole[(slice(*bounds[0]), *columns)]
+        if not bounds:
+            return self._read(0, ())
+        # Devices come row by row, so one block of whole rows serves all that cut it into columns.
+        if self._block is None or self._block[0] != bounds[0]:
+            start, stop = bounds[0]
+            rows = self._read(start * math.prod(self._shape[1:]), (stop - start, *self._shape[1:]))
+            self._block = bounds[0], rows
+        return self._block[1][(slice(None), *columns)]
+
+    def fill(self, out: np.ndarray, bounds: Bounds) -> None:
+        """The same, into `out`: straight from the file where that can be."""
+        rows_are_whole = all(bound == (0, size) for bound, size in zip(bounds[1:], self._shape[1:], strict=True))
+        if self._whole is None and rows_are_whole:
+            start = bounds[0][0] * math.prod(self._shape[1:])
+            self._reader.read_flat(self._matrix.info.name, self._first + start, out.reshape(-1), self._pool)
+        else:
+            np.copyto(out, self.cut(bounds))
+
+    def _read(self, start: int, shape: tuple[int, ...]) -> np.ndarray:
+        out = aligned_empty(shape, self._dtype)
+        self._reader.read_flat(self._matrix.info.name, self._first + start, out.reshape(-1), self._pool)
+        return out
+
+    def _read_whole(self, source: Source) -> np.ndarray:
+        matrix = self._matrix
+        if matrix.scales is not None:
+            stored = self._read_packed(source.every)
+        else:
+            num_rows = matrix.shape[0] if source.rows is None else source.rows[1] - source.rows[0]
+            stored = self._read(0, (num_rows, *matrix.shape[1:]))
+        if source.head_rows is not None:
+            stored = stored.reshape(self._shape[0], -1, *matrix.shape[1:])[:, slice(*source.head_rows)]
+            stored = stored.reshape(-1, *matrix.shape[1:])
+        if source.transpose:
+            stored = stored.T
+        return stored if source.every is None or matrix.scales is not None else stored[slice_of(source.every)]
+
+    def _read_packed(self, every: tuple[int, int] | None) -> np.ndarray:
+        matrix = self._matrix
+        assert matrix.scales is not None
+        blocks = np.empty((*matrix.shape[:-1], matrix.shape[-1] // 2 // PACKED_BYTES, PACKED_BYTES), np.uint8)
+        exponents = np.empty(blocks.shape[:-1], np.uint8)
+        self._reader.read_flat(matrix.info.name, matrix.start, blocks.reshape(-1), self._pool)
+        self._reader.read_flat(matrix.scales.name, matrix.start // PACKED_BYTES, exponents.reshape(-1), self._pool)
+        if every is not None:
+            blocks, exponents = blocks[slice_of(every)], exponents[slice_of(every)]
+        return unpack_mxfp4(blocks, exponents).astype(self._dtype, copy=False)
+
+
+def slice_of(every: tuple[int, int]) -> slice:
+    return slice(every[0], None, every[1])
 
 
 def _own(value: np.ndarray) -> np.ndarray:
@@ -162,7 +267,10 @@ def check_tensors(
     reader: CheckpointReader, sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]], family: Family
 ) -> None:
     """ValueError, naming tensors, where a checkpoint lacks some, holds others, or holds them in another shape."""
-    used = dict.fromkeys(source.name for source in sources.values())
+    used: dict[str, None] = {}
+    for path, source in sources.items():
+        used.update(dict.fromkeys(source.names(shapes[path][0] if shapes[path] else 1)))
+        used.update({} if source.scales is None else {source.scales: None})
     missing = [name for name in used if name not in reader.tensors]
     if missing:
         raise ValueError(
@@ -177,13 +285,11 @@ def check_tensors(
         )
     rows_used: dict[str, int] = {}
     for path, source in sources.items():
-        info, shape = reader.tensors[source.name], shapes[path]
-        picked = _picked_shape(info, source, shape[0] if shape else 1)
-        if picked is None or not splits_into(picked, shape):
-            raise ValueError(
-                f"tensor {info.name!r} has shape {list(info.shape)}, which does not fill {path} of shape "
-                f"{list(shape)}; check that config.json belongs to this checkpoint"
-            )
+        shape = shapes[path][1:] if source.stacked else shapes[path]
+        for matrix in stored_matrices(reader, source, shapes[path]):
+            picked = _picked_shape(matrix.shape, source, shape[0] if shape else 1)
+            if picked is None or not splits_into(picked, shape):
+                raise ValueError(_does_not_fill(matrix.info, path, shapes[path]))
         if source.rows is not None:
             rows_used[source.name] = max(rows_used.get(source.name, 0), source.rows[1])
         if source.head_rows is not None:
@@ -196,9 +302,15 @@ def check_tensors(
             )
 
 
-def _picked_shape(info: TensorInfo, source: Source, num_heads: int) -> tuple[int, ...] | None:
-    """The shape of the part of a tensor that a Source names, before it is split; None where there is no such part."""
-    shape = info.shape
+def _does_not_fill(info: TensorInfo, path: str, shape: tuple[int, ...]) -> str:
+    return (
+        f"tensor {info.name!r} has shape {list(info.shape)}, which does not fill {path} of shape "
+        f"{list(shape)}; check that config.json belongs to this checkpoint"
+    )
+
+
+def _picked_shape(shape: tuple[int, ...], source: Source, num_heads: int) -> tuple[int, ...] | None:
+    """The shape of the part of a matrix that a Source names, before it is split; None where there is no such part."""
     if source.rows is not None:
         if not shape or source.rows[1] > shape[0]:
             return None
@@ -207,7 +319,13 @@ def _picked_shape(info: TensorInfo, source: Source, num_heads: int) -> tuple[int
         if not shape or shape[0] % num_heads or source.head_rows[1] > shape[0] // num_heads:
             return None
         shape = (num_heads * (source.head_rows[1] - source.head_rows[0]), *shape[1:])
-    return shape[::-1] if source.transpose else shape
+    if source.transpose:
+        shape = shape[::-1]
+    if source.every is not None:
+        if not shape or shape[0] % source.every[1]:
+            return None
+        shape = (shape[0] // source.every[1], *shape[1:])
+    return shape
 
 
 def splits_into(stored: Sequence[int], shape: Sequence[int]) -> bool:

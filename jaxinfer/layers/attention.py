@@ -22,12 +22,19 @@ class Attend(Protocol[Cache]):
 
     q [T, N, H]; k and v [T, K, H], or None where the layer reads the keys and values of `layer.kv_source`; v alone None
     where the first `layer.latent_dim` numbers of a key are its value.
+    sinks [N], or None where the model has none: one more logit of each head, which mixes in nothing.
     Returns the mixed values [T, N, H or latent_dim] and the cache with k and v in it. The softmax scale and cap are the
     model's.
     """
 
     def __call__(
-        self, index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, cache: Cache
+        self,
+        index: int,
+        q: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
+        sinks: jax.Array | None,
+        cache: Cache,
     ) -> tuple[jax.Array, Cache]: ...
 
 
@@ -62,6 +69,7 @@ class Attention(nnx.Module):
         self.o = Linear(make, q_heads, embed, bias=config.output_bias)
         self.q_norm = head_norm(q_heads)
         self.k_norm = head_norm(kv_heads) if owns_kv else None
+        self.sinks = make.constant({"q_heads": layer.num_heads}, 0.0) if config.attention_sinks else None
 
     def project(self, x: jax.Array, cos_sin: Rotation | None) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """x [T, D] -> q [T, N, H], k and v [T, K, H] (None where another layer's are read)."""

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxinfer.layers.linear import Linear
 from jaxinfer.layers.parameters import Parameters
-from jaxinfer.models.config import LayerConfig, ModelConfig
+from jaxinfer.models.config import ModelConfig
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -26,11 +26,11 @@ class MLP(nnx.Module):
     fused: gate and up are one matrix, `gate_up`, the rows of gate first.
     """
 
-    def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig, *, fused: bool = False) -> None:
-        embed, ffn = {"embed": config.hidden_size}, {"ffn": layer.ffn_dim}
+    def __init__(self, make: Parameters, config: ModelConfig, ffn_dim: int, *, fused: bool = False) -> None:
+        embed, ffn = {"embed": config.hidden_size}, {"ffn": ffn_dim}
         self.activation = config.activation
         fused = fused and config.gated_mlp
-        both = {"gate_up": 2 * layer.ffn_dim}
+        both = {"gate_up": 2 * ffn_dim}
         self.gate_up = Linear(make, embed, both, bias=config.mlp_bias) if fused else None
         self.gate = Linear(make, embed, ffn, bias=config.mlp_bias) if config.gated_mlp and not fused else None
         self.up = None if fused else Linear(make, embed, ffn, bias=config.mlp_bias)

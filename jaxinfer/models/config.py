@@ -12,6 +12,7 @@ from typing import Literal
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "sandwich"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 RopeScaling = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
 
@@ -60,6 +61,50 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """A feed-forward of many experts, of which each token is sent to `num_active`.
+
+    scoring: what logits become before the best are chosen; "softmax_of_chosen" chooses first. normalize: the chosen
+    scores are divided by their sum (plus normalize_eps). scaling: what the weights are multiplied with in the end.
+    score_bias: a parameter added to the scores for the choice, and not to the weights. num_groups: experts are chosen
+    from the num_active_groups groups whose group_best best experts score highest in sum (arXiv:2405.04434).
+    bias, router_bias: of the experts' projections, and of the router's. clamp: None, or alpha and limit of
+    act(gate) * up = min(gate, limit) * sigmoid(alpha * gate) * (clip(up) + 1).
+    shared_ffn_dim: width of the expert that every token is sent to, 0 for none; shared_gate: it has a sigmoid gate.
+    """
+
+    num_experts: int
+    num_active: int
+    scoring: Scoring = "softmax"
+    normalize: bool = False
+    normalize_eps: float = 0.0
+    scaling: float = 1.0
+    score_bias: bool = False
+    num_groups: int = 1
+    num_active_groups: int = 1
+    group_best: int = 1
+    bias: bool = False
+    router_bias: bool = False
+    clamp: tuple[float, float] | None = None
+    shared_ffn_dim: int = 0
+    shared_gate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"num_experts={self.num_experts} is not a multiple of num_groups={self.num_groups}")
+        reachable = self.num_experts // self.num_groups * min(self.num_active_groups, self.num_groups)
+        if self.num_active > reachable:
+            raise ValueError(
+                f"num_active={self.num_active} experts a token are more than the {reachable} to choose from"
+            )
+        if self.group_best > self.num_experts // self.num_groups or self.num_active_groups > self.num_groups:
+            raise ValueError(
+                f"group_best={self.group_best} or num_active_groups={self.num_active_groups} is more than there are in "
+                f"num_groups={self.num_groups} of {self.num_experts // self.num_groups} experts"
+            )
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One decoder layer.
 
@@ -67,6 +112,7 @@ class LayerConfig:
     rope: None for a layer without rotary embedding.
     kv_source: the earlier layer whose keys and values this one reads; it then has no k and v of its own.
     value_is_key: values are the (unrotated, un-normed) key projection.
+    ffn_dim: width of the feed-forward, or of one expert where the layer has `experts`.
     latent: multi-head latent attention. To the cache the layer then has one kv head, whose key is the latent and the
     rotated numbers (head_dim of them) and whose value is the latent.
     """
@@ -79,6 +125,7 @@ class LayerConfig:
     rope: RopeConfig | None = None
     kv_source: int | None = None
     value_is_key: bool = False
+    experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
 
     @property
@@ -109,6 +156,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: Literal["head", "full"] | None = None
     value_norm: bool = False  # RMS norm of the values, without a weight
+    attention_sinks: bool = False  # every head has one more logit in its softmax, which mixes in nothing
     attention_softcap: float | None = None
     logits_softcap: float | None = None
     embedding_scale: float = 1.0

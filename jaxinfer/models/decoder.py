@@ -13,6 +13,7 @@ from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.latent_attention import LatentAttention
 from jaxinfer.layers.linear import Linear, project
 from jaxinfer.layers.mlp import ACTIVATIONS, MLP
+from jaxinfer.layers.moe import MoE
 from jaxinfer.layers.norm import RMSNorm, make_norm
 from jaxinfer.layers.parameters import Parameters
 from jaxinfer.layers.rotary import Rotation
@@ -71,7 +72,10 @@ class DecoderLayer(nnx.Module):
             self.attention = LatentAttention(make, config, layer, layer.latent)
         self.attention_post_norm = make_norm(make, config) if after else None
         self.mlp_norm = make_norm(make, config) if before else None
-        self.mlp = MLP(make, config, layer, fused=fused)
+        if layer.experts is None:
+            self.mlp: MLP | MoE = MLP(make, config, layer.ffn_dim, fused=fused)
+        else:
+            self.mlp = MoE(make, config, layer, fused=fused)
         self.mlp_post_norm = make_norm(make, config) if after else None
         self.per_layer = PerLayerResidual(make, config) if config.per_layer_input_dim else None
         self.scalar = make.constant({"one": 1}, 1.0) if config.layer_scalar else None

@@ -15,7 +15,12 @@ def dense_attend(config: ModelConfig) -> Attend[KeysAndValues]:
     """Causal attention of one whole sequence; the "cache" is a dict of the keys and values computed so far."""
 
     def attend(
-        index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, cache: KeysAndValues
+        index: int,
+        q: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
+        sinks: jax.Array | None,
+        cache: KeysAndValues,
     ) -> tuple[jax.Array, KeysAndValues]:
         layer = config.layers[index]
         if k is not None:
@@ -29,7 +34,11 @@ def dense_attend(config: ModelConfig) -> Attend[KeysAndValues]:
             scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
         behind = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
         visible = behind >= 0 if layer.window is None else (behind >= 0) & (behind < layer.window)
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        scores = jnp.where(visible, scores, -jnp.inf)
+        if sinks is not None:
+            sink = sinks.astype(jnp.float32).reshape(layer.num_kv_heads, -1, 1, 1)
+            scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[..., :length]
         mixed = jnp.einsum("kgtj,jkh->tkgh", weights, values.astype(jnp.float32))
         return mixed.reshape(length, layer.num_heads, -1).astype(q.dtype), cache
 

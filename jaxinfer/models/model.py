@@ -105,7 +105,7 @@ class Model:
         rope = self.config.layers[index].rope
         cos_sin = None if rope is None else rotations[self._ropes.index(rope)]
         q, k, v = _before(self._layers[index], params, x, cos_sin)
-        mixed, cache = attend(index, q, k, v, cache)
+        mixed, cache = attend(index, q, k, v, params["attention"].get("sinks"), cache)
         return _after(self._layers[index], params, x, mixed, per_layer), cache
 
     def end(self, params: Params, x: jax.Array) -> jax.Array:

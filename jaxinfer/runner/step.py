@@ -74,7 +74,12 @@ def _paged_attend(plan: Plan, segment: Segment, batch: DeviceBatch, prepared: tu
     kinds = attention_kinds(plan)
 
     def attend(
-        index: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None, cache: Pools
+        index: int,
+        q: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
+        sinks: jax.Array | None,
+        cache: Pools,
     ) -> tuple[jax.Array, Pools]:
         layer = plan.layers[index]
         if k is not None:
@@ -82,7 +87,7 @@ def _paged_attend(plan: Plan, segment: Segment, batch: DeviceBatch, prepared: tu
         metadata = prepared[segment.kinds.index(kinds.index((layer.case, layer.group)))]
         place = segment.pools.index(layer.pool)
         run = _run_traced_once
-        out, pool = run(layer.backend, layer.case, layer.group, q, k, v, cache[place], batch, metadata)
+        out, pool = run(layer.backend, layer.case, layer.group, q, k, v, cache[place], batch, metadata, sinks)
         return out, (*cache[:place], pool, *cache[place + 1 :])
 
     return attend
@@ -116,9 +121,10 @@ def _run_traced_once(
     pool: Any,
     batch: DeviceBatch,
     metadata: Any,
+    sinks: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     """Layers of one case call one and the same function, so that a deep model is traced as fast as a shallow one."""
-    return backend.run(case, q, k, v, pool, batch, group, metadata)
+    return backend.run(case, q, k, v, pool, batch, group, metadata, sinks)
 
 
 def sample_tokens(

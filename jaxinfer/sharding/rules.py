@@ -20,6 +20,7 @@ RULES: Mapping[str, str | None] = {
     "ffn": "tensor",
     "vocab": "tensor",
     "experts": "expert",
+    "router": None,
     "tokens": "data",
     "head_dim": None,
     "latent": None,

@@ -12,18 +12,32 @@ from jaxinfer.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Source:
-    """A parameter's place in a checkpoint: one tensor, or some of its rows, or its transpose.
+    """A parameter's place in a checkpoint: one tensor, or some of its rows, or its transpose, or one for each expert.
 
     name: the tensor's name. rows: the half-open range along its first axis (tensors fused block after block).
     head_rows: the half-open range inside every head, where the tensor holds one block of rows a head after another
     (tensors fused head by head); their number is the parameter's first size. transpose: the tensor is stored
-    [in, out]. The result is reshaped to the parameter's own shape, so [N * H, D] fills [N, H, D].
+    [in, out]. every: the first row and the step of rows that take turns with others' (after the transpose).
+    The result is reshaped to the parameter's own shape, so [N * H, D] fills [N, H, D].
+
+    stacked: all this holds for each index of the parameter's first axis. The name's "*" is that index, or there is
+    none and the tensor has that axis itself.
+    scales: the numbers are packed as MXFP4 (OCP Microscaling Formats 1.0): `name` holds 4-bit numbers, two a byte and
+    [..., blocks, 16], and this tensor the exponent of each block, plus 127.
     """
 
     name: str
     rows: tuple[int, int] | None = None
     head_rows: tuple[int, int] | None = None
     transpose: bool = False
+    every: tuple[int, int] | None = None
+    stacked: bool = False
+    scales: str | None = None
+
+    def names(self, size: int) -> list[str]:
+        """The tensors of a parameter whose first axis has this size, but for its scales."""
+        is_several = self.stacked and "*" in self.name
+        return [self.name.replace("*", str(index)) for index in range(size)] if is_several else [self.name]
 
 
 @dataclass(frozen=True)
@@ -45,13 +59,18 @@ class Family:
     def find_sources(self, config: ModelConfig, tensors: Collection[str]) -> dict[str, Source]:
         """`sources`, with each tensor named as the checkpoint holding `tensors` names it.
 
-        A tensor that is there under no name keeps its first one, for the loader to report as missing.
+        A tensor that is there under no name keeps its first one, for the loader to report as missing. One that is not
+        there, but whose _blocks are, is packed, and never transposed.
         """
         found = {}
         for path, source in self.sources(config).items():
-            others = (new + source.name.removeprefix(old) for old, new in self.aliases if source.name.startswith(old))
-            name = source.name if source.name in tensors else next((n for n in others if n in tensors), source.name)
-            found[path] = replace(source, name=name)
+            name, packed = source.name, f"{source.name}_blocks"
+            if name not in tensors and packed in tensors:
+                found[path] = replace(source, name=packed, scales=f"{name}_scales", transpose=False)
+                continue
+            others = (new + name.removeprefix(old) for old, new in self.aliases if name.startswith(old))
+            there = (n for n in (name, *others) if n.replace("*", "0") in tensors)
+            found[path] = replace(source, name=next(there, name))
         return found
 
     def ignores(self, tensor: str) -> bool:

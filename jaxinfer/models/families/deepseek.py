@@ -1,23 +1,23 @@
 """DeepSeek V2 and V2-Lite (arXiv:2405.04434), V3 and R1 (arXiv:2412.19437): multi-head latent attention, whose cache
-holds one compressed key for all heads."""
+holds one compressed key for all heads, and experts in groups after some dense layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from jaxinfer.models.config import LatentConfig, LayerConfig, ModelConfig, RopeConfig
+from jaxinfer.models.config import ExpertsConfig, LatentConfig, LayerConfig, ModelConfig, RopeConfig
 from jaxinfer.models.families.base import Family, Source
 from jaxinfer.models.families.fields import Fields
 from jaxinfer.models.families.llama_like import LLAMA_IGNORED, LLAMA_NAMES, model_config
 from jaxinfer.models.families.llama_like import sources as named_sources
 from jaxinfer.models.families.rope_fields import rope_config
 
-DEFAULTS = {
+_DEFAULTS = {
     "num_key_value_heads": None,
     "hidden_act": "silu",
-    "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "attention_bias": False,
@@ -28,9 +28,36 @@ DEFAULTS = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-    "first_k_dense_replace": 0,
+    "moe_layer_freq": 1,
 }
-V3_DEFAULTS = DEFAULTS | {"max_position_embeddings": 4096, "first_k_dense_replace": 3}
+V2_DEFAULTS = _DEFAULTS | {
+    "max_position_embeddings": 2048,
+    "first_k_dense_replace": 0,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": None,
+    "moe_intermediate_size": 1407,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "n_group": None,
+    "topk_group": None,
+}
+V3_DEFAULTS = _DEFAULTS | {
+    "max_position_embeddings": 4096,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "n_group": 8,
+    "topk_group": 4,
+}
 
 NAMES = LLAMA_NAMES | {
     "attention/q_down": "self_attn.q_a_proj",
@@ -39,18 +66,50 @@ NAMES = LLAMA_NAMES | {
     "attention/kv_norm": "self_attn.kv_a_layernorm",
     "attention/k_up": "self_attn.kv_b_proj",
     "attention/v_up": "self_attn.kv_b_proj",
+    "mlp/shared/gate": "mlp.shared_experts.gate_proj",
+    "mlp/shared/up": "mlp.shared_experts.up_proj",
+    "mlp/shared/down": "mlp.shared_experts.down_proj",
 }
 
 
 def v2_config(values: Mapping[str, Any]) -> ModelConfig:
-    return _config(Fields("deepseek_v2", values, DEFAULTS))
+    """Experts by their share of a softmax; in V2, from the groups with the best expert."""
+    fields = Fields("deepseek_v2", values, V2_DEFAULTS)
+    _only(fields, "scoring_func", "softmax")
+    _only(fields, "norm_topk_prob", False)
+    _only(fields, "topk_method", "greedy", "group_limited_greedy")
+    return _config(fields, grouped=fields.get("topk_method") == "group_limited_greedy")
 
 
 def v3_config(values: Mapping[str, Any]) -> ModelConfig:
-    return _config(Fields("deepseek_v3", values, V3_DEFAULTS))
+    """Experts by a sigmoid, chosen with a bias that balances them, from the groups with the two best in sum."""
+    fields = Fields("deepseek_v3", values, V3_DEFAULTS)
+    _only(fields, "scoring_func", "sigmoid")
+    _only(fields, "topk_method", "noaux_tc")
+    normalize = fields.flag("norm_topk_prob")
+    return _config(fields, scoring="sigmoid", score_bias=True, normalize=normalize, normalize_eps=1e-20, group_best=2)
 
 
-def _config(fields: Fields) -> ModelConfig:
+def _only(fields: Fields, name: str, *values: Any) -> None:
+    if fields.get(name) not in values:
+        raise fields.wrong(name, " or ".join(map(repr, values)))
+
+
+def _experts(fields: Fields, *, grouped: bool = True, **differences: Any) -> ExpertsConfig:
+    groups = {}
+    if grouped:
+        groups = {"num_groups": fields.integer("n_group"), "num_active_groups": fields.integer("topk_group")}
+    return ExpertsConfig(
+        num_experts=fields.integer("n_routed_experts"),
+        num_active=fields.integer("num_experts_per_tok"),
+        scaling=fields.number("routed_scaling_factor"),
+        shared_ffn_dim=(fields.optional_integer("n_shared_experts") or 0) * fields.integer("moe_intermediate_size"),
+        **groups,
+        **differences,
+    )
+
+
+def _config(fields: Fields, **routing: Any) -> ModelConfig:
     num_heads, num_layers = fields.integer("num_attention_heads"), fields.integer("num_hidden_layers")
     if fields.optional_integer("num_key_value_heads") not in (None, num_heads):
         raise fields.wrong("num_key_value_heads", f"num_attention_heads={num_heads} or null")
@@ -65,7 +124,9 @@ def _config(fields: Fields) -> ModelConfig:
     rope = rope_config(fields.with_values({"head_dim": latent.rope_dim}))
     if rope.scaling not in ("default", "yarn"):
         raise ValueError(f"config.json: rope_type={rope.scaling!r} must be default or yarn in a {fields.family} model")
-    layer = LayerConfig(
+    _only(fields, "moe_layer_freq", 1)
+    num_dense = min(fields.integer("first_k_dense_replace", minimum=0), num_layers)
+    dense = LayerConfig(
         num_heads=num_heads,
         num_kv_heads=1,
         head_dim=latent.rank + latent.rope_dim,
@@ -73,9 +134,13 @@ def _config(fields: Fields) -> ModelConfig:
         rope=rope,
         latent=latent,
     )
+    sparse = dense
+    if num_dense < num_layers:
+        width = fields.integer("moe_intermediate_size")
+        sparse = replace(dense, ffn_dim=width, experts=_experts(fields, **routing))
     return model_config(
         fields,
-        (layer,) * num_layers,
+        (dense,) * num_dense + (sparse,) * (num_layers - num_dense),
         attention_scale=(latent.key_dim + latent.rope_dim) ** -0.5 * _scale_of_yarn(rope),
         qkv_bias=fields.flag("attention_bias"),
         output_bias=fields.flag("attention_bias"),

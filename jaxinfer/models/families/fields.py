@@ -19,7 +19,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 
-# Options that change the arithmetic and that no family here implements; each must be absent, null, false, 0 or empty.
+# Options that change the arithmetic; each must be absent, null, false, 0 or empty, but where a family has a default for
+# it.
 UNSUPPORTED = (
     "add_cross_attention",
     "alibi",
@@ -43,7 +44,8 @@ class Fields:
         self.family = family
         self._values = {**defaults, **values}
         for name in UNSUPPORTED:
-            self.refuse(name)
+            if name not in defaults:
+                self.refuse(name)
 
     def __contains__(self, name: str) -> bool:
         return name in self._values

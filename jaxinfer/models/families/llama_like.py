@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxinfer.models.config import LayerConfig, ModelConfig, RopeConfig
+from jaxinfer.models.config import ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
 from jaxinfer.models.families.base import Source
 from jaxinfer.models.families.fields import Fields
 
@@ -21,6 +21,7 @@ LLAMA_NAMES: dict[str, str] = {
     "final_norm": "model.norm",
     "lm_head": "lm_head",
     "layers": "model.layers",
+    "attention": "self_attn",
     "attention/q": "self_attn.q_proj",
     "attention/k": "self_attn.k_proj",
     "attention/v": "self_attn.v_proj",
@@ -32,7 +33,19 @@ LLAMA_NAMES: dict[str, str] = {
     "mlp/gate": "mlp.gate_proj",
     "mlp/up": "mlp.up_proj",
     "mlp/down": "mlp.down_proj",
+    # Where layers have experts; "*" is an expert's number.
+    "mlp/router": "mlp.gate",
+    "mlp/experts/gate": "mlp.experts.*.gate_proj",
+    "mlp/experts/up": "mlp.experts.*.up_proj",
+    "mlp/experts/down": "mlp.experts.*.down_proj",
+    "mlp/shared/gate": "mlp.shared_expert.gate_proj",
+    "mlp/shared/up": "mlp.shared_expert.up_proj",
+    "mlp/shared/down": "mlp.shared_expert.down_proj",
+    "mlp/shared_gate": "mlp.shared_expert_gate",
 }
+
+# Leaves that checkpoints call something else.
+LEAVES = {"score_bias": "e_score_correction_bias"}
 
 # Norms on both sides of attention and feed-forward, or after them only.
 POST_NORM_NAMES: dict[str, str] = {
@@ -47,28 +60,32 @@ def llama_like_config(
     *,
     windows: Sequence[int | None] | int | None = None,
     ropes: Sequence[RopeConfig | None] | RopeConfig | None,
+    experts: Sequence[ExpertsConfig | None] | ExpertsConfig | None = None,
+    expert_width: str = "intermediate_size",
     norm_eps: str = "rms_norm_eps",
     activation: str = "hidden_act",
     **differences: Any,
 ) -> ModelConfig:
-    """A ModelConfig whose layers have one shape. windows, ropes: one for all layers, or one each.
+    """A ModelConfig whose layers have one shape. windows, ropes, experts: one for all layers, or one each.
 
-    norm_eps, activation: the keys these are under. `differences`: any other field of ModelConfig.
+    expert_width, norm_eps, activation: the keys these are under. `differences`: any other field of ModelConfig.
     """
     num_layers = fields.integer("num_hidden_layers")
     num_heads = fields.integer("num_attention_heads")
     windows = windows if isinstance(windows, Sequence) else [windows] * num_layers
     ropes = ropes if isinstance(ropes, Sequence) else [ropes] * num_layers
+    experts = experts if isinstance(experts, Sequence) else [experts] * num_layers
     layers = tuple(
         LayerConfig(
             num_heads=num_heads,
             num_kv_heads=fields.optional_integer("num_key_value_heads") or num_heads,
             head_dim=fields.head_dim(),
-            ffn_dim=fields.integer("intermediate_size"),
+            ffn_dim=fields.integer("intermediate_size" if own is None else expert_width),
             window=window,
             rope=rope,
+            experts=own,
         )
-        for window, rope in zip(windows, ropes, strict=True)
+        for window, rope, own in zip(windows, ropes, experts, strict=True)
     )
     return model_config(fields, layers, norm_eps=norm_eps, activation=activation, **differences)
 
@@ -96,7 +113,7 @@ def model_config(
 
 
 def parameters(config: ModelConfig) -> Iterator[tuple[int | None, str, str]]:
-    """(layer or None, module, "weight" or "bias") of every parameter that any family may have but Gemma 4's own."""
+    """(layer or None, module, leaf) of every parameter that any family may have but Gemma 4's own."""
     norm_leaves = ("weight", "bias") if config.norm_bias else ("weight",)
     yield None, "embed", "weight"
     if config.learned_positions:
@@ -126,9 +143,7 @@ def parameters(config: ModelConfig) -> Iterator[tuple[int | None, str, str]]:
             linears.append(("attention/k", config.qkv_bias))
         if owns_k and not layer.value_is_key:
             linears.append(("attention/v", config.qkv_bias))
-        if config.gated_mlp:
-            linears.append(("mlp/gate", config.mlp_bias))
-        linears += [("mlp/up", config.mlp_bias), ("mlp/down", config.mlp_bias)]
+        linears += _feed_forward(config, layer)
         for module, has_bias in linears:
             yield index, module, "weight"
             if has_bias:
@@ -136,10 +151,28 @@ def parameters(config: ModelConfig) -> Iterator[tuple[int | None, str, str]]:
         for module in norms:
             for leaf in norm_leaves:
                 yield index, module, leaf
+        if config.attention_sinks:
+            yield index, "attention", "sinks"
+        if layer.experts is not None and layer.experts.score_bias:
+            yield index, "mlp/router", "score_bias"
         if config.qk_norm is not None:
             yield index, "attention/q_norm", "weight"
             if owns_k:
                 yield index, "attention/k_norm", "weight"
+
+
+def _feed_forward(config: ModelConfig, layer: LayerConfig) -> list[tuple[str, bool]]:
+    """The projections of a layer's feed-forward, and whether they have a bias."""
+    dense = [(part, config.mlp_bias) for part in (("gate", "up", "down") if config.gated_mlp else ("up", "down"))]
+    if layer.experts is None:
+        return [(f"mlp/{part}", bias) for part, bias in dense]
+    linears = [("mlp/router", layer.experts.router_bias)]
+    linears += [(f"mlp/experts/{part}", layer.experts.bias) for part in ("gate", "up", "down")]
+    if layer.experts.shared_ffn_dim:
+        linears += [(f"mlp/shared/{part}", bias) for part, bias in dense]
+    if layer.experts.shared_gate:
+        linears.append(("mlp/shared_gate", False))
+    return linears
 
 
 def sources(config: ModelConfig, names: Mapping[str, str] = LLAMA_NAMES) -> dict[str, Source]:
@@ -149,5 +182,6 @@ def sources(config: ModelConfig, names: Mapping[str, str] = LLAMA_NAMES) -> dict
         if layer is None:
             found[f"{module}/{leaf}"] = Source(f"{names[module]}.{leaf}")
         else:
-            found[f"layers/{layer}/{module}/{leaf}"] = Source(f"{names['layers']}.{layer}.{names[module]}.{leaf}")
+            name = f"{names['layers']}.{layer}.{names[module]}.{LEAVES.get(leaf, leaf)}"
+            found[f"layers/{layer}/{module}/{leaf}"] = Source(name, stacked="*" in name)
     return found
