@@ -36,7 +36,7 @@ def parser() -> OneLineParser:
     result = OneLineParser(
         prog="python -m jaxinfer.convert",
         description="Convert a model between Hugging Face safetensors and Orbax.",
-        epilog="Host memory: to orbax, the parameters once; to safetensors, the largest tensor or 256 MB.",
+        epilog="Host memory: to orbax, the parameters once; to safetensors, the largest parameter or 256 MB.",
         allow_abbrev=False,
     )
     result.add_argument("--input", required=True, metavar="DIR|HUB_ID", help="the model to convert")
@@ -89,7 +89,8 @@ def convert(source: str | Path, target: str | Path, *, to: str | None = None, dt
             num_bytes = _from_orbax(directory, partial, to, dtype, family.sources(config), config)
         else:
             num_bytes = _from_safetensors(directory, partial, to, dtype, family, config)
-        copy_side_files(directory, partial, _with_dtype(config_json, dtype))
+        # What was packed is not any more: every family that takes such a checkpoint unpacks it.
+        copy_side_files(directory, partial, _with_dtype(config_json, dtype) | {"quantization_config": None})
     log.info("%s: %s, %.3f GB, in %.1f s", output, to, num_bytes / 1e9, time.perf_counter() - started)
 
 
@@ -146,6 +147,7 @@ def check_space(partial: Path, params: Mapping[str, Param]) -> None:
 
 def _from_safetensors(directory: Path, partial: Path, to: str, dtype: str | None, family: Any, config: Any) -> int:
     import jax
+    import jax.numpy as jnp
     import numpy as np
     from jax.sharding import SingleDeviceSharding
 
@@ -156,8 +158,9 @@ def _from_safetensors(directory: Path, partial: Path, to: str, dtype: str | None
 
     with CheckpointReader(directory) as reader:
         found = family.find_sources(config, reader.tensors)
-        there = {path: reader.tensors.get(source.name) for path, source in found.items()}
+        there = {path: reader.tensors.get(source.names(1)[0]) for path, source in found.items()}
         stored = {path: info.dtype for path, info in there.items() if info is not None}
+        stored.update({path: np.dtype(jnp.bfloat16) for path, source in found.items() if source.scales is not None})
         params, abstract, axes = _describe(config, stored, dtype)
         check_space(partial, params)
         if to == "orbax":

@@ -126,5 +126,7 @@ EXPERTS = [
             "untruncated range": {"rope_parameters": rope("yarn", 20.0, **YARN | {"truncate": True})},
         },
     ),
-    Variant("gpt_oss_mxfp4", gpt_oss(num_hidden_layers=2), packed=True, rewrite_config=as_published),
+    Variant(
+        "gpt_oss_mxfp4", gpt_oss(num_hidden_layers=2, intermediate_size=64), packed=True, rewrite_config=as_published
+    ),
 ]

@@ -82,11 +82,16 @@ def _read_json_object(file: Path) -> dict[str, Any] | None:
 
 
 def copy_side_files(source: Path, target: Path, config_changes: Mapping[str, Any]) -> None:
-    """Copy configs, tokenizer and chat templates from one model directory to another, config.json with the changes."""
+    """Copy configs, tokenizer and chat templates from one model directory to another, config.json with the changes.
+
+    A key that changes to None is left out.
+    """
     skipped = {file for pattern in _NOT_SIDE_FILES for file in source.glob(pattern)}
     for file in sorted({file for pattern in _SIDE_FILES for file in source.glob(pattern)} - skipped):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
     config, _ = read_config(source)
-    (target / CONFIG_FILE).write_text(json.dumps(config | dict(config_changes), indent=2, ensure_ascii=False) + "\n")
+    config.update(config_changes)
+    config = {key: value for key, value in config.items() if key not in config_changes or value is not None}
+    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

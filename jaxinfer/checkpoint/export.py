@@ -49,12 +49,16 @@ class Param:
 
 @dataclass(frozen=True)
 class ExportTensor:
-    """One tensor of the checkpoint, of the parameters at `paths`, in the order of their places in it."""
+    """One tensor of the checkpoint, of the parameters at `paths`, in the order of their places in it.
+
+    expert: the index of the one whose tensor this is, where a parameter's experts have a tensor each.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     paths: tuple[str, ...]
+    expert: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -65,17 +69,21 @@ def plan_export(params: Mapping[str, Param], sources: Mapping[str, Source]) -> l
     """The checkpoint's tensors, in the order in which `sources` first names them."""
     paths_of: dict[str, list[str]] = {}
     for path, source in sources.items():
-        paths_of.setdefault(source.name, []).append(path)
+        paths_of.setdefault(source.name, []).append(path)  # experts' tensors by the pattern of their names
     tensors = []
-    for name, paths in paths_of.items():
-        paths.sort(key=lambda path: sources[path].rows or sources[path].head_rows or (0, 0))
-        first = params[paths[0]]
-        shape = first.stored_shape
+    for pattern, paths in paths_of.items():
+        paths.sort(key=lambda path: sources[path].rows or sources[path].head_rows or sources[path].every or (0, 0))
+        first, source = params[paths[0]], sources[paths[0]]
+        stack, shape = (first.shape[:1], first.stored_shape[1:]) if source.stacked else ((), first.stored_shape)
         if len(paths) > 1:
-            shape = (sum(params[path].stored_shape[0] for path in paths), *shape[1:])
-        elif sources[paths[0]].transpose:
+            shape = (sum(params[path].stored_shape[len(stack)] for path in paths), *shape[1:])
+        if source.transpose:
             shape = shape[::-1]
-        tensors.append(ExportTensor(name, shape, first.dtype, tuple(paths)))
+        names = source.names(math.prod(first.shape[:1]))
+        if names == [pattern]:
+            tensors.append(ExportTensor(pattern, stack + shape, first.dtype, tuple(paths)))
+        else:
+            tensors += [ExportTensor(name, shape, first.dtype, tuple(paths), i) for i, name in enumerate(names)]
     return tensors
 
 
@@ -83,8 +91,14 @@ def assemble(
     tensor: ExportTensor, params: Mapping[str, Param], sources: Mapping[str, Source], values: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     """The tensor's numbers from those of its parameters."""
-    parts = [values[path].astype(tensor.dtype, copy=False) for path in tensor.paths]
-    if sources[tensor.paths[0]].head_rows is not None:  # head by head: [N, rows of each part, ...]
+    source = sources[tensor.paths[0]]
+    parts = [values[path] if tensor.expert is None else values[path][tensor.expert] for path in tensor.paths]
+    parts = [part.astype(tensor.dtype, copy=False) for part in parts]
+    if source.stacked:
+        axis = 1 if tensor.expert is None else 0
+        whole = np.concatenate(parts, axis) if source.every is None else _taking_turns(parts, axis)
+        whole = np.swapaxes(whole, -1, -2) if source.transpose else whole
+    elif source.head_rows is not None:  # head by head: [N, rows of each part, ...]
         heads = params[tensor.paths[0]].shape[0]
         parts = [
             part.reshape(heads, -1, *params[path].stored_shape[1:])
@@ -96,6 +110,12 @@ def assemble(
         parts = [part.T if sources[path].transpose else part for part, path in zip(parts, tensor.paths, strict=True)]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
     return np.ascontiguousarray(whole.reshape(tensor.shape))
+
+
+def _taking_turns(parts: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """The first row of each part, the second of each, ...; rows lie along `axis`."""
+    whole = np.stack(parts, axis=axis + 1)
+    return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
 
 
 def export_safetensors(
@@ -119,8 +139,11 @@ def export_safetensors(
     for name, shard in zip(names, shards, strict=True):
         with (directory / name).open("wb") as file:
             _write_header(file, shard)
+            values: dict[str, np.ndarray] = {}
             for batch in _groups(shard, _BATCH_BYTES):
-                values = read([path for tensor in batch for path in tensor.paths])
+                paths = dict.fromkeys(path for tensor in batch for path in tensor.paths)
+                values = {path: values[path] for path in paths if path in values}  # one parameter of many experts
+                values.update(read([path for path in paths if path not in values]))
                 for tensor in batch:
                     file.write(assemble(tensor, params, sources, values).reshape(-1).view(np.uint8).data)
     if len(shards) > 1:

@@ -1,7 +1,8 @@
 """A checkpoint's tensors to sharded parameters, one tensor at a time, straight to each device's part and dtype.
 
 Host memory: on CPU the numbers are read into the buffers the parameters keep, so the peak is the parameters plus a
-few megabytes. Elsewhere at most two tensors are on the host at once: one being read, one on its way to the devices.
+few megabytes, or one expert's matrix where they are packed. Elsewhere at most two parameters are on the host at once:
+one being read, one on its way to the devices.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def load_params(
                 wanted = np.dtype(dtype)
             arrays[i] = load_param(reader, sources[paths[i]], shapes[paths[i]], wanted, shardings[i], pool)
             if previous is not None:
-                previous.block_until_ready()  # so that at most two tensors wait on the host
+                previous.block_until_ready()  # so that at most two parameters wait on the host
             previous = arrays[i]
     jax.block_until_ready(previous)
     log.info(
@@ -147,7 +148,7 @@ def stored_matrices(reader: CheckpointReader, source: Source, shape: tuple[int, 
     ValueError for a tensor with another number of experts than the parameter.
     """
     scales = None if source.scales is None else reader.tensors[source.scales]
-    infos = [reader.tensors[name] for name in source.names(shape[0] if shape else 1)]
+    infos = [reader.tensors[name] for name in source.names(math.prod(shape[:1]))]
     own_axis = source.stacked and "*" not in source.name
     if own_axis:
         if infos[0].shape[:1] != shape[:1]:
@@ -269,7 +270,7 @@ def check_tensors(
     """ValueError, naming tensors, where a checkpoint lacks some, holds others, or holds them in another shape."""
     used: dict[str, None] = {}
     for path, source in sources.items():
-        used.update(dict.fromkeys(source.names(shapes[path][0] if shapes[path] else 1)))
+        used.update(dict.fromkeys(source.names(math.prod(shapes[path][:1]))))
         used.update({} if source.scales is None else {source.scales: None})
     missing = [name for name in used if name not in reader.tensors]
     if missing:
@@ -283,21 +284,22 @@ def check_tensors(
             f"{reader.directory} holds {len(unexpected)} tensors this model has no place for: {name_some(unexpected)}; "
             f"check that config.json belongs to it"
         )
-    rows_used: dict[str, int] = {}
+    rows: dict[str, tuple[int, int]] = {}  # of tensors taken apart: used, and there
     for path, source in sources.items():
         shape = shapes[path][1:] if source.stacked else shapes[path]
         for matrix in stored_matrices(reader, source, shapes[path]):
             picked = _picked_shape(matrix.shape, source, shape[0] if shape else 1)
             if picked is None or not splits_into(picked, shape):
                 raise ValueError(_does_not_fill(matrix.info, path, shapes[path]))
-        if source.rows is not None:
-            rows_used[source.name] = max(rows_used.get(source.name, 0), source.rows[1])
-        if source.head_rows is not None:
-            rows_used[source.name] = max(rows_used.get(source.name, 0), source.head_rows[1] * shape[0])
-    for name, rows in rows_used.items():
-        if rows != reader.tensors[name].shape[0]:
+            before, _ = rows.get(matrix.info.name, (0, 0))
+            if source.rows is not None:
+                rows[matrix.info.name] = max(before, source.rows[1]), matrix.shape[0]
+            if source.head_rows is not None:
+                rows[matrix.info.name] = max(before, source.head_rows[1] * shape[0]), matrix.shape[0]
+    for name, (num_used, there) in rows.items():
+        if num_used != there:
             raise ValueError(
-                f"tensor {name!r} has {reader.tensors[name].shape[0]} rows and the model uses {rows}; "
+                f"tensor {name!r} has {there} rows and the model uses {num_used}; "
                 f"check that config.json belongs to this checkpoint"
             )
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_FUSED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
+_FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+_STACKED = "experts"  # each has a matrix of its own, which one token in many reads: nothing is gained by joining two
 
 Join = Callable[[Sequence[Any]], Any]
 Cut = Callable[[Any, Sequence[Any]], Sequence[Any]]
@@ -20,23 +21,27 @@ def fuse(layer: Mapping[str, Any], join: Join) -> dict[str, Any]:
 
     What a layer lacks one of (keys that another layer computes, an ungated feed-forward) stays as it is.
     """
-    fused = dict(layer)
-    for block, (name, parts) in _FUSED.items():
-        own = layer[block]
-        if all(part in own for part in parts):
-            rest = {key: value for key, value in own.items() if key not in parts}
-            whole = {leaf: join([own[part][leaf] for part in parts]) for leaf in own[parts[0]]}
-            fused[block] = {**rest, name: whole}
+    fused = {key: fuse(value, join) if _is_block(key, value) else value for key, value in layer.items()}
+    for name, parts in _FUSED.items():
+        if all(part in fused for part in parts):
+            own = [fused.pop(part) for part in parts]
+            fused[name] = {leaf: join([part[leaf] for part in own]) for leaf in own[0]}
     return fused
 
 
 def unfuse(fused: Mapping[str, Any], like: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
     """The inverse of `fuse`. like: the layer's unfused parameters or their shapes; `cut` cuts rows as theirs are."""
-    layer = dict(fused)
-    for block, (name, parts) in _FUSED.items():
-        own = fused[block]
-        if name in own:
-            rest = {key: value for key, value in own.items() if key != name}
-            cuts = {leaf: cut(whole, [like[block][part][leaf] for part in parts]) for leaf, whole in own[name].items()}
-            layer[block] = {**rest, **{part: {leaf: cuts[leaf][i] for leaf in cuts} for i, part in enumerate(parts)}}
+    layer = {
+        key: unfuse(value, like[key], cut) if _is_block(key, value) and key not in _FUSED else value
+        for key, value in fused.items()
+    }
+    for name, parts in _FUSED.items():
+        if name in layer:
+            whole = layer.pop(name)
+            cuts = {leaf: cut(value, [like[part][leaf] for part in parts]) for leaf, value in whole.items()}
+            layer.update({part: {leaf: cuts[leaf][i] for leaf in cuts} for i, part in enumerate(parts)})
     return layer
+
+
+def _is_block(key: str, value: Any) -> bool:
+    return isinstance(value, Mapping) and key != _STACKED

@@ -1,20 +1,18 @@
 """Rows in ragged groups, each group times a matrix of its own: the product under every expert.
 
-On TPU and GPU this is XLA's ragged product. On CPU XLA multiplies every row with every matrix, so here a loop takes one
-block of a group's rows at a time: a matrix is read once for each block, and not at all where its group is empty.
+On TPU and GPU this is XLA's ragged product. On CPU XLA multiplies every row with every matrix for it, so here the first
+rows of all groups, a little more than a group has on average, are one batch of products over the matrices as they lie
+in memory. What is left of long groups goes block by block, each with a copy of its group's matrix (a slice of a
+product's operand is a copy), and so does everything where rows are too few to use most of the matrices.
 """
 
 from __future__ import annotations
-
-import os
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-_CORES = os.cpu_count() or 1
 _MOST_ROWS = 128  # of a block: beyond that a product is no faster
-_CUT_ROWS = 32  # up to so many rows a product is faster with the matrix cut into one block a core, and on the left
 
 _RAGGED = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 
@@ -24,45 +22,46 @@ def grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> j
 
     Groups may be empty. Rows past the last group come out finite where x is, and mean nothing.
     """
-    return lax.platform_dependent(x, weight, group_sizes, cpu=_by_blocks, default=_ragged)
+    return lax.platform_dependent(x, weight, group_sizes, cpu=_on_cpu, default=_ragged)
 
 
 def _ragged(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return lax.ragged_dot_general(x, weight, group_sizes, _RAGGED)
 
 
-def _by_blocks(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    num_rows, (num_groups, out, _) = x.shape[0], weight.shape
-    size = block_rows(num_rows, num_groups)
-    first_block = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(-(-group_sizes // size), dtype=jnp.int32)])
+def _on_cpu(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    num_rows, num_groups = x.shape[0], weight.shape[0]
+    if num_rows < num_groups:
+        return _by_blocks(x, weight, group_sizes, 0, 1)
+    in_batch = _rounded_up(1.5 * num_rows / num_groups, 4)
     first_row = jnp.cumsum(group_sizes) - group_sizes
+    rows = jnp.minimum(first_row[:, None] + jnp.arange(in_batch), num_rows - 1)
+    batch = lax.dot_general(x[rows], weight, (((2,), (2,)), ((0,), (0,))))  # [G, in_batch, out]
+    rest = _by_blocks(x, weight, group_sizes, in_batch, min(in_batch, _MOST_ROWS))
+    group = jnp.repeat(jnp.arange(num_groups), group_sizes, total_repeat_length=num_rows)
+    place = jnp.arange(num_rows) - first_row[group]
+    return jnp.where((place < in_batch)[:, None], batch[group, jnp.minimum(place, in_batch - 1)], rest)
+
+
+def _rounded_up(size: float, multiple: int) -> int:
+    return -int(-size // multiple) * multiple
+
+
+def _by_blocks(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, first: int, size: int) -> jax.Array:
+    """The products of every group's rows from its `first` on, in blocks of `size`; other rows mean nothing."""
+    num_rows, out = x.shape[0], weight.shape[1]
+    blocks = -(-jnp.maximum(group_sizes - first, 0) // size)
+    first_block = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(blocks, dtype=jnp.int32)])
+    first_row = jnp.cumsum(group_sizes) - group_sizes + first
     padded = jnp.pad(x, ((0, size - 1), (0, 0)))
 
     def multiply(block: jax.Array, y: jax.Array) -> jax.Array:
         group = jnp.sum(first_block[1:] <= block)
         start = first_row[group] + (block - first_block[group]) * size
         rows = lax.dynamic_slice_in_dim(padded, start, size)
-        product = _product(rows, lax.dynamic_index_in_dim(weight, group, keepdims=False))
+        matrix = lax.dynamic_index_in_dim(weight, group, keepdims=False)
         # A group's last block also writes rows of the groups after it, whose own blocks come later.
-        return lax.dynamic_update_slice_in_dim(y, product, start, 0)
+        return lax.dynamic_update_slice_in_dim(y, rows @ matrix.T, start, 0)
 
     y = jnp.zeros((num_rows + size - 1, out), x.dtype)
     return lax.fori_loop(0, first_block[-1], multiply, y)[:num_rows]
-
-
-def block_rows(num_rows: int, num_groups: int) -> int:
-    """Rows of a block: a power of two of about what a group has, were all alike."""
-    size = 1
-    while size < _MOST_ROWS and size * num_groups < num_rows:
-        size *= 2
-    return size
-
-
-def _product(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-    """rows [B, in], matrix [out, in] -> [B, out]."""
-    num_rows, out = rows.shape[0], matrix.shape[0]
-    if num_rows == 1 or num_rows > _CUT_ROWS or out % _CORES:
-        return lax.dot_general(rows, matrix, (((1,), (1,)), ((), ())))
-    parts = matrix.reshape(_CORES, out // _CORES, -1)
-    columns = jnp.broadcast_to(rows.T, (_CORES, *rows.T.shape))
-    return lax.dot_general(parts, columns, (((2,), (1,)), ((0,), (0,)))).reshape(out, num_rows).T

@@ -244,7 +244,8 @@ class Runner:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
     def _options(self, num_rows: int, *, with_attention: bool = False) -> dict[str, str]:
-        return compiler_options(num_rows, self._platform, with_attention=with_attention)
+        with_experts = with_attention and any(layer.experts is not None for layer in self.model.config.layers)
+        return compiler_options(num_rows, self._platform, with_attention=with_attention, with_experts=with_experts)
 
     def _zeros(self, leaf: jax.ShapeDtypeStruct) -> Any:
         def lower() -> jax.stages.Lowered:

@@ -18,11 +18,11 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families.base import Family, Source
 from tests.sharding.run_on_devices import run_on_devices
 
-N, K, H, D, F, V = 4, 2, 3, 8, 12, 20
+N, K, H, D, F, V, E = 4, 2, 3, 8, 12, 20, 4
 
 
 def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Any], dict[str, Source]]:
-    """A one-layer checkpoint with fused qkv, a transposed tensor and a scalar: tensors, abstract, axes, sources."""
+    """A one-layer checkpoint: fused, transposed and stacked tensors, and experts': tensors, abstract, axes, sources."""
     import jax
 
     rng = np.random.default_rng(0)
@@ -34,6 +34,9 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "model.down.weight": (D, F),
         "model.norm.weight": (D,),
         "model.heads.weight": (2 * N * H, D),
+        **{f"model.experts.{index}.weight": (D, F) for index in range(E)},
+        "model.gate_up.weight": (E, D, 2 * F),
+        "model.gate_up.bias": (E, 2 * F),
     }
     tensors = {name: rng.standard_normal(shape).astype(dtype) for name, shape in stored.items()}
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)  # noqa: E731
@@ -49,6 +52,7 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "norm": {"weight": shape(D)},
         "first": {"weight": shape(N, H, D)},
         "second": {"weight": shape(N, H, D)},
+        "experts": {"down": shape(E, D, F), "up": shape(E, F, D), "bias": shape(E, F)},
     }
     axes = {
         "embed": {"weight": ("vocab", "embed")},
@@ -62,6 +66,7 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "norm": {"weight": ("embed",)},
         "first": {"weight": ("q_heads", "head_dim", "embed")},
         "second": {"weight": ("q_heads", "head_dim", "embed")},
+        "experts": {"down": ("experts", "embed", "ffn"), "up": ("experts", "ffn", "embed"), "bias": ("experts", "ffn")},
     }
     sources = {
         "embed/weight": Source("embed.weight"),
@@ -74,6 +79,9 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "norm/weight": Source("norm.weight"),
         "first/weight": Source("heads.weight", head_rows=(0, H)),
         "second/weight": Source("heads.weight", head_rows=(H, 2 * H)),
+        "experts/down": Source("experts.*.weight", stacked=True),
+        "experts/up": Source("gate_up.weight", transpose=True, every=(1, 2), stacked=True),
+        "experts/bias": Source("gate_up.bias", every=(1, 2), stacked=True),
     }
     return tensors, abstract, axes, sources
 
@@ -91,6 +99,9 @@ def expected(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "norm/weight": tensors["model.norm.weight"],
         "first/weight": tensors["model.heads.weight"].reshape(N, 2, H, D)[:, 0],
         "second/weight": tensors["model.heads.weight"].reshape(N, 2, H, D)[:, 1],
+        "experts/down": np.stack([tensors[f"model.experts.{index}.weight"] for index in range(E)]),
+        "experts/up": tensors["model.gate_up.weight"][:, :, 1::2].swapaxes(1, 2),
+        "experts/bias": tensors["model.gate_up.bias"][:, 1::2],
     }
 
 
@@ -146,7 +157,8 @@ from pathlib import Path
 from tests.checkpoint.test_checkpoint_load import expected, flat, load, tiny
 from jaxinfer.sharding.mesh import make_mesh
 tensors = tiny(ml_dtypes.bfloat16)[0]
-for spec in ("tensor=2", "fsdp=4", "tensor=2,fsdp=2", "tensor=4", "data=2,tensor=2,fsdp=2", "data=8", None):
+for spec in ("tensor=2", "fsdp=4", "tensor=2,fsdp=2", "tensor=4", "data=2,tensor=2,fsdp=2", "data=8",
+             "expert=4", "expert=2,tensor=2,fsdp=2", None):
     mesh = make_mesh(spec)
     for path, value in expected(tensors).items():
         got = load(Path({directory!r}), mesh=mesh)[path]
@@ -214,7 +226,7 @@ def change(name: str, value: np.ndarray | None) -> Callable[[dict[str, np.ndarra
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change("model.norm.weight", None), r"lacks 1 of the 7 tensors of this model: 'norm\.weight'"),
+        (change("model.norm.weight", None), r"lacks 1 of the 13 tensors of this model: 'norm\.weight'"),
         (change("model.extra", np.zeros(2, np.float32)), r"1 tensors this model has no place for: 'model\.extra'"),
         (change("model.down.weight", np.zeros((F, D), np.float32)), r"\[12, 8\], which does not fill mlp/down/weight"),
         (change("model.norm.weight", np.zeros(D + 1, np.float32)), r"\[9\], which does not fill norm/weight .*\[8\]"),
@@ -223,6 +235,17 @@ def change(name: str, value: np.ndarray | None) -> Callable[[dict[str, np.ndarra
         (change("model.heads.weight", np.zeros((23, D), np.float32)), r"\[23, 8\], which does not fill first/weight"),
         (change("model.heads.weight", np.zeros((36, D), np.float32)), r"has 36 rows and the model uses 24"),
         (change("model.norm.weight", np.zeros((), np.float32)), r"\[\], which does not fill norm/weight"),
+        (
+            change("model.experts.2.weight", None),
+            r"lacks 1 of the 13 tensors of this model: 'model\.experts\.2\.weight'",
+        ),
+        (change("model.experts.4.weight", np.zeros(2, np.float32)), r"no place for: 'model\.experts\.4\.weight'"),
+        (
+            change("model.experts.2.weight", np.zeros((F, D), np.float32)),
+            r"\[12, 8\], which does not fill experts/down",
+        ),
+        (change("model.gate_up.bias", np.zeros((E + 1, 2 * F), np.float32)), r"\[5, 24\], which does not fill .*bias"),
+        (change("model.gate_up.bias", np.zeros((E, 2 * F + 1), np.float32)), r"\[4, 25\], which does not fill .*bias"),
     ],
 )
 def test_tensors_that_do_not_fit(tmp_path: Path, edit: Callable[..., None], message: str) -> None:
@@ -238,7 +261,7 @@ def test_ignored_tensors(tmp_path: Path) -> None:
     tensors, *_ = tiny()
     extra = {"vision.tower": np.zeros(2, np.float32), "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2)}
     save_file(tensors | extra, tmp_path / "model.safetensors")
-    assert len(load(tmp_path, ignored=("vision.*", "*.inv_freq"))) == 10
+    assert len(load(tmp_path, ignored=("vision.*", "*.inv_freq"))) == 13
     with pytest.raises(ValueError, match=r"no place for: 'vision\.tower'"):
         load(tmp_path, ignored=("*.inv_freq",))
 
@@ -261,3 +284,54 @@ def test_ignored_tensors(tmp_path: Path) -> None:
 )
 def test_splits_into(stored: tuple[int, ...], shape: tuple[int, ...], fits: bool) -> None:
     assert splits_into(stored, shape) is fits
+
+
+def packed(blocks: tuple[int, ...], scales: tuple[int, ...]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "w_blocks": rng.integers(0, 256, blocks, np.uint8),
+        "w_scales": rng.integers(120, 132, scales, np.uint8),
+    }
+
+
+def load_packed(directory: Path, **fields: Any) -> np.ndarray:
+    import jax
+
+    abstract, axes = {"w": jax.ShapeDtypeStruct((E, 6, 64), np.float32)}, {"w": ("experts", "ffn", "embed")}
+    sources = {"w": Source("w", transpose=True, stacked=True, **fields)}
+    family = Family((), lambda _: NO_CONFIG, lambda _: sources)
+    with CheckpointReader(directory) as reader:
+        return np.asarray(load_params(reader, abstract, axes, family, NO_CONFIG)["w"])
+
+
+def test_packed_numbers(tmp_path: Path) -> None:
+    """MXFP4, number by number: sign, exponent of two bits, one bit of mantissa, low half of a byte first."""
+    tensors = packed((E, 12, 2, 16), (E, 12, 2))
+    save_file(tensors, tmp_path / "model.safetensors")
+    want = np.zeros((E, 12, 64))
+    for place in np.ndindex(want.shape):
+        expert, row, column = place
+        byte = int(tensors["w_blocks"][expert, row, column // 32, column % 32 // 2])
+        number = byte >> 4 if column % 2 else byte & 15
+        exponent, half = number >> 1 & 3, number & 1
+        size = half / 2 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + half / 2)
+        scale = 2.0 ** (int(tensors["w_scales"][expert, row, column // 32]) - 127)
+        want[place] = (-size if number & 8 else size) * scale
+    np.testing.assert_array_equal(load_packed(tmp_path, every=(1, 2)), want[:, 1::2])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "scales", "message"),
+    [
+        ((E, 6, 2, 16), (E, 6, 1), "are not MXFP4 blocks of 16 bytes and their scales"),
+        ((E, 6, 4, 8), (E, 6, 4), "are not MXFP4 blocks of 16 bytes"),
+        ((E, 6, 1, 16), (E, 6, 1), r"\[4, 6, 1, 16\], which does not fill w"),
+        ((E - 1, 6, 2, 16), (E - 1, 6, 2), r"\[3, 6, 2, 16\], which does not fill w"),
+    ],
+)
+def test_packed_tensors_that_do_not_fit(
+    tmp_path: Path, blocks: tuple[int, ...], scales: tuple[int, ...], message: str
+) -> None:
+    save_file(packed(blocks, scales), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_packed(tmp_path)

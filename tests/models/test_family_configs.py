@@ -32,7 +32,19 @@ MODEL_TYPES = {
     "Starcoder2ForCausalLM": "starcoder2",
     "Olmo2ForCausalLM": "olmo2",
     "SmolLM3ForCausalLM": "smollm3",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "OlmoeForCausalLM": "olmoe",
+    "GptOssForCausalLM": "gpt_oss",
 }
+ALL_SLIDING = (  # where there is a window, every layer has it
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "Starcoder2ForCausalLM",
+)
 PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
 
 
@@ -45,9 +57,7 @@ def config_json(architecture: str, **changes: Any) -> dict[str, Any]:
 def test_absent_keys_have_the_defaults_of_transformers(architecture, switches):
     _, ours = resolve(config_json(architecture, **switches))
     theirs = AutoConfig.for_model(MODEL_TYPES[architecture], **SIZES, **switches)
-    always = (
-        architecture in ("MistralForCausalLM", "Phi3ForCausalLM", "Starcoder2ForCausalLM") and theirs.sliding_window
-    )
+    always = architecture in ALL_SLIDING and theirs.sliding_window
     kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if always else "full_attention"] * 7
     for index, (layer, kind) in enumerate(zip(ours.layers, kinds, strict=True)):
         own = theirs.per_layer_config[index] if architecture == "Gemma4ForCausalLM" else theirs
@@ -56,6 +66,11 @@ def test_absent_keys_have_the_defaults_of_transformers(architecture, switches):
         assert layer.head_dim == (getattr(own, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
         assert layer.window == (theirs.sliding_window if kind == "sliding_attention" else None)
         assert (layer.rope is not None) == bool(getattr(theirs, "no_rope_layers", [True] * 7)[index])
+        if layer.experts is not None:
+            assert layer.experts.num_experts == theirs.num_experts
+            assert layer.experts.num_active == theirs.num_experts_per_tok
+            assert layer.experts.shared_ffn_dim == getattr(theirs, "shared_expert_intermediate_size", 0)
+            assert layer.ffn_dim == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     assert ours.max_position == theirs.max_position_embeddings
     assert ours.norm_eps == (getattr(theirs, "rms_norm_eps", None) or theirs.norm_epsilon)
     assert ours.tie_embeddings == theirs.tie_word_embeddings
@@ -87,6 +102,27 @@ def test_mistral_window_null_is_not_absent():
     assert {layer.window for layer in resolve(config_json("MistralForCausalLM"))[1].layers} == {4096}
     null = config_json("MistralForCausalLM", sliding_window=None)
     assert {layer.window for layer in resolve(null)[1].layers} == {None}
+
+
+def test_which_layers_have_experts():
+    def have(**changes: Any) -> list[bool]:
+        _, config = resolve(config_json("Qwen2MoeForCausalLM", **changes))
+        return [layer.experts is not None for layer in config.layers]
+
+    assert have() == [True] * 7
+    assert have(mlp_only_layers=[0, 5]) == [False, *[True] * 4, False, True]
+    assert have(decoder_sparse_step=3, mlp_only_layers=[2]) == [False, False, False, False, False, True, False]
+    assert have(num_experts=0) == [False] * 7
+    _, config = resolve(config_json("Qwen2MoeForCausalLM", mlp_only_layers=[0], moe_intermediate_size=16))
+    assert [layer.ffn_dim for layer in config.layers] == [64, *[16] * 6]
+
+
+def test_gpt_oss_packing_and_rope():
+    _, config = resolve(config_json("GptOssForCausalLM", quantization_config={"quant_method": "mxfp4"}))
+    rope = config.layers[0].rope
+    assert rope is not None
+    assert (rope.theta, rope.factor, rope.original_max_position, rope.truncate) == (150_000, 32, 4096, False)
+    assert [layer.window for layer in config.layers] == [128, None, 128, None, 128, None, 128]
 
 
 def test_gemma4_layers_that_share_read_the_last_layer_of_their_kind():
@@ -160,6 +196,16 @@ ONE_ROPE = {"rope_type": "default", "rope_theta": 1e4}
             r"short_factor=\[1.0\] must be a list of 2 numbers",
         ),
         ("GPTBigCodeForCausalLM", {"add_cross_attention": True}, "add_cross_attention=True is not supported"),
+        ("OlmoeForCausalLM", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported in a olmoe model"),
+        ("MixtralForCausalLM", {"num_experts_per_tok": 9}, "num_active=9 experts a token are more than the 8"),
+        (
+            "MixtralForCausalLM",
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            "quantization_config=.*not supported",
+        ),
+        ("GptOssForCausalLM", {"quantization_config": {"quant_method": "awq"}}, "of quant_method 'mxfp4'"),
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": 3}, "mlp_only_layers=3 must be a list of layers"),
+        ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be an integer"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\] must be a list of 7"),
     ],
 )

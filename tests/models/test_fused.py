@@ -17,8 +17,8 @@ from jaxinfer.models.model import Model
 GOLDENS = Path(__file__).parents[1] / "conformance" / "goldens"
 
 
-# biases; keys that another layer computes; values that are keys; no gate
-@pytest.mark.parametrize("golden", ["qwen2_windows", "gemma4_e", "gpt_bigcode_mqa", "llama3_gqa"])
+# biases; keys that another layer computes; values that are keys; no gate; experts beside a shared one
+@pytest.mark.parametrize("golden", ["qwen2_windows", "gemma4_e", "gpt_bigcode_mqa", "llama3_gqa", "qwen2_moe"])
 def test_fused_is_the_same_model(golden: str) -> None:
     loaded = load_model(GOLDENS / golden)
     before = jax.tree.map(np.array, loaded.params)
