@@ -87,6 +87,7 @@ class Plan:
             f"KV cache {self.kv_cache_bytes / 2**20:.0f} MiB, pages of {self.page_size} tokens: "
             + "; ".join(
                 f"{pages} pages for {len(g.layers)} layers of {g.num_kv_heads} kv heads x {g.head_dim}"
+                + ("" if g.latent_dim is None else f", values in their first {g.latent_dim} numbers")
                 + ("" if g.window is None else f", window {g.window}, a ring of {width}")
                 for g, pages, width in zip(self.groups, self.num_pages, self.table_widths, strict=True)
             ),
@@ -170,6 +171,7 @@ def _layer_plans(
             num_heads=layer.num_heads // tensor,
             num_kv_heads=max(1, layer.num_kv_heads // tensor),
             head_dim=layer.head_dim,
+            latent_dim=layer.latent_dim,
             page_size=page_size,
             window=layer.window,
             soft_cap=model.attention_softcap,

@@ -61,7 +61,7 @@ device_description_str: "{}"
 """
 # Tokens, rows, pages in a table: a step of decodes and chunks together, and one decode alone.
 STEPS = ((256, 64, 128), (1, 8, 512))
-NUM_PAGES = 4096
+NUM_PAGES = 8192
 FLASH_TOKENS = (2048, 20)
 QUICK_CHIPS, QUICK_CASES = ("v6e", "h100"), ("Llama 3.1 8B", "Gemma 2 9B, window", "gpt-oss 20B, window")
 
@@ -114,7 +114,7 @@ def paged(kernel: Any, case: ModelCase, step: tuple[int, int, int], writes: bool
     pool = kernel.pool_shape(case, NUM_PAGES)
     arguments = (
         array((num_tokens, case.num_heads, case.head_dim)),
-        (new, new) if writes else None,
+        (new, new if case.latent_dim is None else None) if writes else None,
         array(pool),
         integers((num_rows, width)),
         integers((num_rows + 1,)),

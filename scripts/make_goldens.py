@@ -7,8 +7,8 @@ torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0, numpy 2.4.6 and, for
 on Python 3.11, and come out byte for byte
 the same with these versions.
 
-For each variant of golden_variants.py, golden_gemma.py and golden_experts.py this writes a directory NAME with
-config.json, safetensors and golden.npz:
+For each variant of the golden_*.py files beside this one, a directory NAME with config.json, safetensors and
+golden.npz is written:
 
     prompt_i   int32   [T]      token ids; i = 0 is short, i = 1 exceeds every window and rope switch-over length
     logits_i   float32 [T, V]   of every position, computed in float32 with eager attention
@@ -34,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from golden_deepseek import DEEPSEEK
 from golden_experts import EXPERTS
 from golden_gemma import GEMMA
 from golden_variants import VARIANTS, Variant
@@ -49,6 +50,7 @@ MIN_DISTINCT = 4
 MAX_ROUNDING = 4e-5
 MAX_SEEDS = 200
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BUFFERS = ("layer_scalar", "e_score_correction_bias")
 PACKED = ("experts.gate_up_proj", "experts.down_proj")
 _POSITIVE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 MXFP4 = [*_POSITIVE, *(-number for number in _POSITIVE)]
@@ -71,7 +73,7 @@ def fill(model: PreTrainedModel, variant: Variant, seed: int) -> None:
     # A tied head sees small embeddings (so that a token's own embedding does not decide the next one): make up for it.
     tied, scaled = model.config.tie_word_embeddings, model.config.model_type.startswith("gemma")
     final_norm = (8.0 if scaled else 2.0) if tied else 1.0
-    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith("layer_scalar")}
+    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n.endswith(BUFFERS)}
     for name in sorted(tensors):
         tensor = tensors[name]
         noise = torch.randn(tensor.shape, generator=generator)
@@ -94,7 +96,14 @@ def fill(model: PreTrainedModel, variant: Variant, seed: int) -> None:
             value = 0.3 * noise / (math.sqrt(tensor.shape[-1]) if "Scaled" in owner else 1.0)
         else:
             # Queries and keys large enough for peaked attention.
-            peaked = ("q_proj.weight", "k_proj.weight", "qkv_proj.weight", "c_attn.weight", "lm_head.weight")
+            peaked = (
+                "q_proj.weight",
+                "k_proj.weight",
+                "q_b_proj.weight",
+                "qkv_proj.weight",
+                "c_attn.weight",
+                "lm_head.weight",
+            )
             gain = 1.5 if name.endswith(peaked) else 1.0
             value = gain / math.sqrt(tensor.shape[-1]) * noise
         tensor.copy_(value.to(DTYPES[variant.dtype]))
@@ -274,7 +283,7 @@ def make(variant: Variant, out: Path) -> None:
 
 
 def main() -> None:
-    variants = [*VARIANTS, *GEMMA, *EXPERTS]
+    variants = [*VARIANTS, *GEMMA, *EXPERTS, *DEEPSEEK]
     names = [variant.name for variant in variants]
     parser = argparse.ArgumentParser(description="Make the golden checkpoints with torch and transformers.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write them into")

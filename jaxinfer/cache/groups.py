@@ -9,12 +9,16 @@ from jaxinfer.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class KVGroup:
-    """Layers that share one page table: same kv heads, head dim and window. `layers` own the pages."""
+    """Layers that share one page table: same kv heads, head dim and window. `layers` own the pages.
+
+    latent_dim: the first so many numbers of a key are its value, and pages hold keys alone; None: they hold both.
+    """
 
     num_kv_heads: int
     head_dim: int
     window: int | None
     layers: tuple[int, ...]
+    latent_dim: int | None = None
 
     def table_width(self, max_model_len: int, max_chunk: int, page_size: int) -> int:
         """Slots in one sequence's page table; a window group's table is a ring whose slots are reused modulo."""
@@ -26,11 +30,14 @@ class KVGroup:
 
 def kv_groups(config: ModelConfig) -> tuple[KVGroup, ...]:
     """The model's groups, full attention first, then by window; layers that read another's KV are in none."""
-    members: dict[tuple[int, int, int | None], list[int]] = {}
+    members: dict[tuple[int, int, int | None, int | None], list[int]] = {}
     for index, layer in enumerate(config.layers):
         if layer.kv_source is None:
-            members.setdefault((layer.num_kv_heads, layer.head_dim, layer.window), []).append(index)
-    groups = [KVGroup(heads, dim, window, tuple(layers)) for (heads, dim, window), layers in members.items()]
+            kind = layer.num_kv_heads, layer.head_dim, layer.window, layer.latent_dim
+            members.setdefault(kind, []).append(index)
+    groups = [
+        KVGroup(heads, dim, window, tuple(layers), latent) for (heads, dim, window, latent), layers in members.items()
+    ]
     return tuple(sorted(groups, key=lambda g: (g.window is not None, g.window or 0, g.layers[0])))
 
 

@@ -21,9 +21,11 @@ Cache = TypeVar("Cache")
 class Attend(Protocol[Cache]):
     """Attention of one layer over a cache it may extend.
 
-    q [T, N, H]; k and v [T, K, H], or None where the layer reads the keys and values of `layer.kv_source`.
+    q [T, N, H]; k and v [T, K, H], or None where the layer reads the keys and values of `layer.kv_source`; v alone None
+    where the first `layer.latent_dim` numbers of a key are its value.
     sinks [N], or None where the model has none: one more logit of each head, which mixes in nothing.
-    Returns the mixed values [T, N, H] and the cache with k and v in it. The softmax scale and cap are the model's.
+    Returns the mixed values [T, N, H or latent_dim] and the cache with k and v in it. The softmax scale and cap are the
+    model's.
     """
 
     def __call__(

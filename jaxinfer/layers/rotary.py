@@ -22,10 +22,17 @@ def rotation(rope: RopeConfig, positions: jax.Array, context_len: int) -> Rotati
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: jax.Array, cos_sin: Rotation) -> jax.Array:
-    """Rotate the first 2 * cos.shape[-1] numbers of every head of x [T, heads, H], half against half."""
+def rotate(x: jax.Array, cos_sin: Rotation, *, interleaved: bool = False) -> jax.Array:
+    """Rotate the first 2 * cos.shape[-1] numbers of every head of x [T, heads, H], half against half.
+
+    interleaved: neighbours are pairs. They too come out half and half, which a product of two such heads does not see.
+    """
     cos, sin = (part[:, None, :] for part in cos_sin)
     half = cos.shape[-1]
     wide = x.astype(jnp.float32)
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    rest = wide[..., 2 * half :]
+    if interleaved:
+        first, second = wide[..., 0 : 2 * half : 2], wide[..., 1 : 2 * half : 2]
+    else:
+        first, second = wide[..., :half], wide[..., half : 2 * half]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)

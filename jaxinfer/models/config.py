@@ -43,6 +43,24 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): what all heads' keys and values are made from.
+
+    rank: numbers in a token's latent. rope_dim: numbers of a key that are rotated, the same for all heads; the cache
+    keeps the latent and these, nothing else. key_dim, value_dim: numbers that a head makes of the latent for its key
+    (beside the rotated ones) and for its value. q_rank: numbers in the latent that queries are made from; None: they
+    come from the residual stream. interleaved: pairs that are rotated are neighbours, not half against half.
+    """
+
+    rank: int
+    rope_dim: int
+    key_dim: int
+    value_dim: int
+    q_rank: int | None
+    interleaved: bool = True
+
+
+@dataclass(frozen=True)
 class ExpertsConfig:
     """A feed-forward of many experts, of which each token is sent to `num_active`.
 
@@ -95,6 +113,8 @@ class LayerConfig:
     kv_source: the earlier layer whose keys and values this one reads; it then has no k and v of its own.
     value_is_key: values are the (unrotated, un-normed) key projection.
     ffn_dim: width of the feed-forward, or of one expert where the layer has `experts`.
+    latent: multi-head latent attention. To the cache the layer then has one kv head, whose key is the latent and the
+    rotated numbers (head_dim of them) and whose value is the latent.
     """
 
     num_heads: int
@@ -106,6 +126,12 @@ class LayerConfig:
     kv_source: int | None = None
     value_is_key: bool = False
     experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None
+
+    @property
+    def latent_dim(self) -> int | None:
+        """How many numbers of a key, the first ones, are its value too; None where values are apart."""
+        return None if self.latent is None else self.latent.rank
 
 
 @dataclass(frozen=True)
@@ -146,6 +172,14 @@ class ModelConfig:
                 raise ValueError(
                     f"layer {index}: num_heads={layer.num_heads} is not a multiple of num_kv_heads={layer.num_kv_heads}"
                 )
+            if layer.latent is not None:
+                if (layer.num_kv_heads, layer.head_dim) != (1, layer.latent.rank + layer.latent.rope_dim):
+                    raise ValueError(
+                        f"layer {index}: num_kv_heads={layer.num_kv_heads} and head_dim={layer.head_dim} must be 1 and "
+                        f"{layer.latent.rank + layer.latent.rope_dim}, what its latent attention keeps"
+                    )
+                if layer.rope is None or layer.kv_source is not None or self.attention_scale is None:
+                    raise ValueError(f"layer {index}: latent attention needs rope, attention_scale, keys of its own")
             if layer.kv_source is not None and not 0 <= layer.kv_source < index:
                 raise ValueError(f"layer {index}: kv_source={layer.kv_source} must be an earlier layer")
 

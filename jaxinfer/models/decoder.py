@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxinfer.layers.attention import Attention
 from jaxinfer.layers.embedding import Embedding
+from jaxinfer.layers.latent_attention import LatentAttention
 from jaxinfer.layers.linear import Linear, project
 from jaxinfer.layers.mlp import ACTIVATIONS, MLP
 from jaxinfer.layers.moe import MoE
@@ -65,7 +66,10 @@ class DecoderLayer(nnx.Module):
         before = config.norm_placement in ("pre", "sandwich")
         after = config.norm_placement in ("post", "sandwich")
         self.attention_norm = make_norm(make, config) if before else None
-        self.attention = Attention(make, config, layer, fused=fused)
+        if layer.latent is None:
+            self.attention = Attention(make, config, layer, fused=fused)
+        else:
+            self.attention = LatentAttention(make, config, layer, layer.latent)
         self.attention_post_norm = make_norm(make, config) if after else None
         self.mlp_norm = make_norm(make, config) if before else None
         if layer.experts is None:
@@ -77,11 +81,11 @@ class DecoderLayer(nnx.Module):
         self.scalar = make.constant({"one": 1}, 1.0) if config.layer_scalar else None
 
     def before(self, x: jax.Array, cos_sin: Rotation | None) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """x [T, D] -> q [T, N, H], k and v [T, K, H] or None."""
+        """x [T, D] -> q [T, N, H], k and v [T, K, H] or None, as `Attend` takes them."""
         return self.attention.project(x if self.attention_norm is None else self.attention_norm(x), cos_sin)
 
     def after(self, x: jax.Array, mixed: jax.Array, per_layer_input: jax.Array | None) -> jax.Array:
-        """x [T, D] and the heads' mixed values [T, N, H] -> the next layer's x."""
+        """x [T, D] and the heads' mixed values, as `Attend` returns them -> the next layer's x."""
         h = self.attention.combine(mixed.astype(x.dtype))
         x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
         h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))

@@ -23,8 +23,8 @@ def dense_attend(config: ModelConfig) -> Attend[KeysAndValues]:
         cache: KeysAndValues,
     ) -> tuple[jax.Array, KeysAndValues]:
         layer = config.layers[index]
-        if k is not None and v is not None:
-            cache = {**cache, index: (k, v)}
+        if k is not None:
+            cache = {**cache, index: (k, k[..., : layer.latent_dim] if v is None else v)}
         keys, values = cache[index if layer.kv_source is None else layer.kv_source]
         length = q.shape[0]
         grouped = q.reshape(length, layer.num_kv_heads, -1, layer.head_dim)
@@ -40,6 +40,6 @@ def dense_attend(config: ModelConfig) -> Attend[KeysAndValues]:
             scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1)[..., :length]
         mixed = jnp.einsum("kgtj,jkh->tkgh", weights, values.astype(jnp.float32))
-        return mixed.reshape(length, layer.num_heads, layer.head_dim).astype(q.dtype), cache
+        return mixed.reshape(length, layer.num_heads, -1).astype(q.dtype), cache
 
     return attend

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families import (
+    deepseek,
     gemma,
     gemma4,
     gpt_bigcode,
@@ -44,6 +45,8 @@ _FAMILIES = (
     qwen_moe.QWEN3,
     olmoe.FAMILY,
     gpt_oss.FAMILY,
+    deepseek.V2,
+    deepseek.V3,
 )
 
 ARCHITECTURES: dict[str, Family] = {name: family for family in _FAMILIES for name in family.architectures}

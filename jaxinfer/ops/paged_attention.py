@@ -26,10 +26,11 @@ __all__ = ["BACKENDS", "AttentionCase", "Backend", "RaggedBatch", "choose_backen
 class Run(Protocol):
     """Attention of one layer.
 
-    q [T, N, H]; k and v [T, K, H], or None when the layer reads a pool that this step's keys and values are in already.
+    q [T, N, H]; k and v [T, K, H], or None when the layer reads a pool that this step's keys and values are in already;
+    v is None in a case with a latent_dim.
     pool is the layer's, in the backend's layout; it is returned updated, in place where the caller donated it.
     metadata is what `prepare` made of the same case, batch and group; sinks [N] when the case has them.
-    Returns ([T, N, H] in q's dtype, the pool); the values at padding tokens are finite and mean nothing.
+    Returns ([T, N, H or latent_dim] in q's dtype, the pool); the values at padding tokens are finite and mean nothing.
     """
 
     def __call__(

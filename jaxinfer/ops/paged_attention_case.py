@@ -17,6 +17,9 @@ class AttentionCase:
     dtype: name of the dtype of keys and values in the pool.
     has_sinks: every head has one more logit in its softmax, which mixes in nothing.
     platform: "cpu", "gpu" or "tpu".
+    latent_dim: the first so many numbers of a key are its value (multi-head latent attention, arXiv:2405.04434, with
+    its up-projections in the queries and after the mixing). There is no v, the pool holds keys alone, and what comes
+    out is so wide. None: values are apart, as wide as keys.
     Heads are those of one device: attention is a program of its own on every device of a mesh.
     """
 
@@ -30,6 +33,7 @@ class AttentionCase:
     dtype: str
     has_sinks: bool
     platform: str
+    latent_dim: int | None = None
 
     @property
     def group_size(self) -> int:

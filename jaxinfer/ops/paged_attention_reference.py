@@ -13,7 +13,7 @@ def supports(case: AttentionCase) -> str | None:
 
 
 def pool_shape(case: AttentionCase, num_pages: int) -> tuple[int, ...]:
-    return (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim)
+    return (num_pages, 2 if case.latent_dim is None else 1, case.num_kv_heads, case.page_size, case.head_dim)
 
 
 def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> None:
@@ -43,4 +43,5 @@ def run(
         window=case.window,
         soft_cap=case.soft_cap,
         sinks=sinks,
+        latent_dim=case.latent_dim,
     )

@@ -66,7 +66,12 @@ def supports(case: AttentionCase) -> str | None:
 
 
 def pool_shape(case: AttentionCase, num_pages: int) -> tuple[int, ...]:
-    return (num_pages, 2, case.num_kv_heads, case.page_size, case.head_dim)
+    return (num_pages, _kinds(case), case.num_kv_heads, case.page_size, case.head_dim)
+
+
+def _kinds(case: AttentionCase) -> int:
+    """What the pool holds of a token and head: its key and its value, or a key that begins with its value."""
+    return 2 if case.latent_dim is None else 1
 
 
 def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> Metadata:
@@ -99,8 +104,9 @@ def run(
     metadata: Metadata,
     sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    if k is not None and v is not None:
-        pool = _write(case, jnp.stack([k, v], axis=1).astype(pool.dtype), pool, batch, metadata)
+    if k is not None:
+        new = jnp.stack([k] if v is None else [k, v], axis=1)
+        pool = _write(case, new.astype(pool.dtype), pool, batch, metadata)
     table = batch.page_tables[group]
     num_rows = min(table.shape[0], q.shape[0])
     scaled = (q * case.scale).astype(pool.dtype)
@@ -114,7 +120,7 @@ def run(
         prefill = _prefill(case, scaled, pool, table, batch, metadata, start)
         decoding = jnp.arange(num_rows)[:, None, None] < metadata.num_decodes
         out = prefill.at[:num_rows].set(jnp.where(decoding, out, prefill[:num_rows]))
-    return out.astype(q.dtype), pool
+    return out[..., : case.latent_dim].astype(q.dtype), pool
 
 
 def _starts(counts: jax.Array) -> jax.Array:
@@ -146,7 +152,7 @@ def _unhoisted(case: AttentionCase, values: jax.Array) -> jax.Array:
 
 
 def _write(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBatch, metadata: Metadata) -> jax.Array:
-    """Put kv [T, 2, K, H] into the pool."""
+    """Put kv [T, kinds, K, H] into the pool."""
     if case.platform != "cpu":
         return pool.at[metadata.write_page, :, :, metadata.write_offset].set(kv)
 
@@ -156,6 +162,17 @@ def _write(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBat
         return lax.dynamic_update_slice(pool, entry[:, :, :, None], where)
 
     return lax.fori_loop(0, batch.num_tokens, write_token, pool)
+
+
+def _keys_and_values(
+    case: AttentionCase, pool: jax.Array, pages: jax.Array, alive: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Of tiles: pages [tiles, n] -> two [tiles, K, n * B, H]. Keys that begin with their values are mixed whole: to cut
+    off what comes out costs nothing, to cut what goes into a product costs a copy."""
+    if case.latent_dim is not None:
+        both = _gather(case, pool, pages, 0, alive)
+        return both, both
+    return _gather(case, pool, pages, 0, None), _gather(case, pool, pages, 1, alive)
 
 
 def _gather(
@@ -170,7 +187,7 @@ def _gather(
     page_size, heads = case.page_size, jnp.arange(case.num_kv_heads)
     # A TPU keeps the last two axes in tiles, so there they must stay apart; a CPU copies one long axis with vectors.
     shape = (page_size, case.head_dim) if case.platform == "tpu" else (page_size * case.head_dim,)
-    index = pages[:, None] * (2 * case.num_kv_heads) + which * case.num_kv_heads + heads[:, None]
+    index = pages[:, None] * (_kinds(case) * case.num_kv_heads) + which * case.num_kv_heads + heads[:, None]
     rows = pool.reshape(-1, *shape).at[index.reshape(-1)].get(mode="promise_in_bounds")
     if alive is not None:
         before = jnp.arange(pages_per_tile) * page_size
@@ -267,11 +284,12 @@ def _decode(
         if at_once > 1:
             row = _unhoisted(case, row)
         seen = (slot >= first[:, None]) & (slot < end[:, None])
-        logits = _logits(case, grouped[row], _gather(case, pool, pages, 0, None), seen[:, None], vectors)
+        keys, values = _keys_and_values(case, pool, pages, (first, end))
+        logits = _logits(case, grouped[row], keys, seen[:, None], vectors)
         tile_max = logits.max(-1)
         weights = jnp.exp(logits - tile_max[..., None])
         tile_sum = weights.sum(-1).reshape(at_once, num_heads)
-        mixed = _mix(weights, _gather(case, pool, pages, 1, (first, end)), vectors)
+        mixed = _mix(weights, values, vectors)
         mixed, tile_max = mixed.reshape(at_once, num_heads, head_dim), tile_max.reshape(at_once, num_heads)
 
         first_row = jnp.minimum(row[0], num_rows - touched)
@@ -340,11 +358,12 @@ def _prefill(
                 seen &= key_position > position[:, None] - case.window
             seen = jnp.tile(seen, (group_size, 1))[None]
             alive = (jnp.reshape(oldest - j * block, 1), jnp.reshape(length - j * block, 1))
-            logits = _logits(case, queries, _gather(case, pool, pages, 0, None), seen, vectors)
+            keys, values = _keys_and_values(case, pool, pages, alive)
+            logits = _logits(case, queries, keys, seen, vectors)
             new_max = jnp.maximum(old_max, logits.max(-1))
             weights = jnp.exp(logits - new_max[..., None])
             keep = jnp.exp(old_max - new_max)
-            mixed = _mix(weights, _gather(case, pool, pages, 1, alive), vectors)
+            mixed = _mix(weights, values, vectors)
             return new_max, old_sum * keep + weights.sum(-1), old_mixed * keep[..., None] + mixed
 
         newest = length - end + own_end - 1

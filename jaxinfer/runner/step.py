@@ -85,8 +85,8 @@ def _paged_attend(plan: Plan, segment: Segment, batch: DeviceBatch, prepared: tu
         cache: Pools,
     ) -> tuple[jax.Array, Pools]:
         layer = plan.layers[index]
-        if k is not None and v is not None:
-            k, v = _with_finite_values(k, v)
+        if k is not None:
+            k, v = _with_finite_values(k, v, layer.case.latent_dim)
         metadata = prepared[segment.kinds.index(kinds.index((layer.case, layer.group)))]
         place = segment.pools.index(layer.pool)
         run = _run_traced_once
@@ -96,13 +96,19 @@ def _paged_attend(plan: Plan, segment: Segment, batch: DeviceBatch, prepared: tu
     return attend
 
 
-def _with_finite_values(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _with_finite_values(
+    k: jax.Array, v: jax.Array | None, latent_dim: int | None
+) -> tuple[jax.Array, jax.Array | None]:
     """Values that are not finite become 0, and their key NaN, which says the same to every query that sees it.
 
     A masked key counts for nothing whatever it is, but a masked value is multiplied by 0, and 0 times NaN is NaN: one
     bad token would spoil the tokens before it in its chunk (and with them pages that others share), and whoever gets
-    its pages later.
+    its pages later. Of a key whose first latent_dim numbers are its value, the rest becomes NaN.
     """
+    if v is None:
+        latent, rest = k[..., :latent_dim], k[..., latent_dim:]
+        finite = jnp.isfinite(latent).all(-1, keepdims=True)
+        return jnp.concatenate([jnp.where(finite, latent, 0), jnp.where(finite, rest, jnp.nan)], -1), None
     finite = jnp.isfinite(v).all(-1, keepdims=True)
     return jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
 

@@ -26,6 +26,8 @@ RULES: Mapping[str, str | None] = {
     "router": None,
     "tokens": "data",
     "head_dim": None,
+    "latent": None,
+    "q_latent": None,
     "position": None,
     "per_layer": None,
     "per_layer_dim": None,

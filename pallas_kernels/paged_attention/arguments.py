@@ -30,11 +30,12 @@ def check(
     if reason is not None:
         raise ValueError(f"the {kernel} kernel cannot serve {case}: {reason}")
     expected: dict[str, tuple[jax.Array, tuple[int, ...]]] = {"q": (q, (q.shape[0], case.num_heads, case.head_dim))}
-    if (k is None) != (v is None):
+    if case.latent_dim is not None and v is not None:
+        raise ValueError(f"latent_dim={case.latent_dim}: the values are in the keys; give no v")
+    if case.latent_dim is None and (k is None) != (v is None):
         raise ValueError("one of k and v is None; give both, or neither where the pool holds them")
-    if k is not None and v is not None:
-        shape = (q.shape[0], case.num_kv_heads, case.head_dim)
-        expected |= {"k": (k, shape), "v": (v, shape)}
+    shape = (q.shape[0], case.num_kv_heads, case.head_dim)
+    expected |= {name: (array, shape) for name, array in (("k", k), ("v", v)) if array is not None}
     expected["pool"] = (pool, pool_shape(case, pool.shape[0]))
     if case.has_sinks != (sinks is not None):
         raise ValueError(f"has_sinks={case.has_sinks}, but sinks are {'given' if sinks is not None else 'missing'}")

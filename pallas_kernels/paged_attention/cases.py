@@ -20,6 +20,7 @@ class ModelCase:
     has_sinks: bool = False
     page_size: int = 16
     dtype: str = "bfloat16"
+    latent_dim: int | None = None
 
 
 def _case(
@@ -50,4 +51,7 @@ CASES: tuple[ModelCase, ...] = (
     _case("head dim 192", 16, 4, 192),
     _case("Llama 3.1 8B, float32", 32, 8, 128, dtype="float32"),
     _case("Llama 3.1 8B, pages of 64", 32, 8, 128, page_size=64),
+    _case("DeepSeek V2 Lite (MLA)", 16, 1, 576, latent_dim=512, scale=0.1147),
+    _case("DeepSeek V3 (MLA)", 128, 1, 576, latent_dim=512, scale=0.1352),
+    _case("DeepSeek V3, one of 8 tensor shards", 16, 1, 576, latent_dim=512, scale=0.1352),
 )

@@ -19,6 +19,7 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
+    latent_dim: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Write k and v into their pages, then let every query see its sequence's keys up to its own position.
 
@@ -30,6 +31,8 @@ def paged_attention(
     window       a query at i sees keys j with i - window < j <= i; None: all j <= i
     soft_cap     logits become soft_cap * tanh(logits / soft_cap)
     sinks        [N] logits that take part in the softmax and mix in nothing
+    latent_dim   the first so many numbers of a key are its value (multi-head latent attention, arXiv:2405.04434, in its
+                 absorbed form): v is None, the pool [pages, 1, K, B, H], and what comes out [T, N, latent_dim]
 
     Returns the mixed values [T, N, H] in q's dtype, zero for padding tokens, and the pool.
     """
@@ -41,9 +44,10 @@ def paged_attention(
     row = jnp.minimum(jnp.searchsorted(query_start[1:], tokens, side="right"), num_sequences - 1)
     position = kv_len[row] - query_start[row + 1] + tokens
 
-    if k is not None and v is not None:
+    if k is not None:
+        new = jnp.stack([k] if v is None else [k, v], axis=1)
         page = jnp.where(real, page_table[row, position // page_size % table_width], 0)
-        pool = pool.at[page, :, :, position % page_size].set(jnp.stack([k, v], axis=1).astype(pool.dtype))
+        pool = pool.at[page, :, :, position % page_size].set(new.astype(pool.dtype))
 
     # Each slot of a table holds the newest position that falls on it, which is past the end only in the last page.
     column = jnp.arange(table_width)
@@ -51,9 +55,9 @@ def paged_attention(
     logical_page = last_page - (last_page - column) % table_width
     key_position = (logical_page[:, :, None] * page_size + jnp.arange(page_size)).reshape(num_sequences, -1)
     written = (key_position >= 0) & (key_position < kv_len[:, None])
-    gathered = pool[page_table].astype(jnp.float32).transpose(0, 2, 3, 1, 4, 5)  # [S, 2, K, P, B, H]
-    gathered = gathered.reshape(num_sequences, 2, num_kv_heads, -1, head_dim)
-    keys, values = gathered[row, 0], gathered[row, 1]
+    gathered = pool[page_table].astype(jnp.float32).transpose(0, 2, 3, 1, 4, 5)  # [S, 1 or 2, K, P, B, H]
+    gathered = gathered.reshape(num_sequences, -1, num_kv_heads, table_width * page_size, head_dim)
+    keys, values = gathered[row, 0], gathered[row, -1, ..., :latent_dim]
 
     grouped = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     logits = jnp.einsum("tkgh,tkjh->tkgj", grouped, keys, precision="highest") * scale
@@ -72,4 +76,4 @@ def paged_attention(
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
     weights /= jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     out = jnp.einsum("tkgj,tkjh->tkgh", weights[..., : keys.shape[2]], values, precision="highest")
-    return out.reshape(q.shape).astype(q.dtype), pool
+    return out.reshape(num_tokens, num_heads, -1).astype(q.dtype), pool

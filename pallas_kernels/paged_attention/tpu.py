@@ -123,11 +123,12 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Write k and v into their pages, then let every query see its sequence's keys up to its own position.
 
-    q [T, N, H]; k and v [T, K, H], or None when the pool holds this step's keys and values already.
+    q [T, N, H]; k and v [T, K, H], or None when the pool holds this step's keys and values already; v is None in a case
+    with a latent_dim, whose keys begin with their values.
     pool: of `pool_shape`, updated in place where the caller donated it. rows: of `prepare`.
     num_tokens int32 []: real tokens; sinks [N] when the case has them.
     blocks: other sizes than the chip's table gives. interpret: as of `pallas_call`.
-    Returns ([T, N, H] in q's dtype, zero for padding tokens; the pool).
+    Returns ([T, N, H or latent_dim] in q's dtype, zero for padding tokens; the pool).
     """
     layout = Layout.of(case)
     check("TPU", supports, pool_shape, case, q, k, v, pool, sinks)
@@ -136,8 +137,8 @@ def paged_attention(
     padding = ((0, 0), (0, layout.heads - case.num_heads), (0, layout.key_lanes - case.head_dim))
     queries = jnp.pad(q.astype(pool.dtype), padding)
     new = None
-    if k is not None and v is not None:
-        new = _side_by_side(case, layout, k.astype(pool.dtype), v.astype(pool.dtype))
+    if k is not None:
+        new = _side_by_side(case, layout, k.astype(pool.dtype), None if v is None else v.astype(pool.dtype))
     sink_rows = None
     if sinks is not None:
         sink_rows = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], (case.num_heads, LANES))
@@ -147,13 +148,15 @@ def paged_attention(
         last = group is rows[-1]
         out, pool = _call(case, blocks, queries, new, pool, out, group, num_tokens, sink_rows, last, interpret)
     assert out is not None
-    first = layout.value_start - layout.value_first
-    return out[:, : case.num_heads, first : first + case.head_dim].astype(q.dtype), pool
+    first, size = layout.value_start - layout.value_first, case.latent_dim or case.head_dim
+    return out[:, : case.num_heads, first : first + size].astype(q.dtype), pool
 
 
-def _side_by_side(case: Case, layout: Layout, k: jax.Array, v: jax.Array) -> jax.Array:
-    """k and v [T, K, H] -> [T, padded K, W], as in a page."""
+def _side_by_side(case: Case, layout: Layout, k: jax.Array, v: jax.Array | None) -> jax.Array:
+    """k and v [T, K, H], or k alone -> [T, padded K, W], as in a page."""
     head_dim, heads = case.head_dim, (0, layout.kv_heads - case.num_kv_heads)
+    if v is None:
+        return jnp.pad(k, ((0, 0), heads, (0, layout.width - head_dim)))
     k = jnp.pad(k, ((0, 0), heads, (0, layout.value_start - head_dim)))
     v = jnp.pad(v, ((0, 0), heads, (0, layout.width - layout.value_start - head_dim)))
     return jnp.concatenate([k, v], axis=-1)

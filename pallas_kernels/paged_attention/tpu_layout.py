@@ -4,6 +4,7 @@ A TPU keeps the last two axes of an array in tiles of 128 lanes by 8 sublanes (1
 whole tiles. So a page holds, head by head, a matrix with a token in each row, its key and value side by side:
 [pages, K, B, W]. A page is one piece of memory and each head's share of it goes to the matrix unit as it is. Where the
 head dim fills half a tile or less, or 192 lanes, the value begins in the tile where the key ends, and costs no padding.
+In latent attention the key begins with its value, and there is nothing beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ LANES = 128
 SUBLANES = 8
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 MAX_HEAD_DIM = 256
+MAX_LATENT_HEAD_DIM = 640  # of keys that begin with their values; DeepSeek's have 576 numbers
 MAX_TILE_TOKENS = 128
 MIN_BLOCK_KEYS, MAX_BLOCK_KEYS = 128, 1024
 WRITE_DEPTH = 8  # groups of slots in flight while a chunk's keys and values are written
@@ -45,6 +47,8 @@ class Case(Protocol):
     def dtype(self) -> str: ...
     @property
     def has_sinks(self) -> bool: ...
+    @property
+    def latent_dim(self) -> int | None: ...
 
 
 def supports(case: Case) -> str | None:
@@ -53,8 +57,11 @@ def supports(case: Case) -> str | None:
         return f"dtype {case.dtype} is not one of {', '.join(ITEMSIZE)}"
     if case.num_kv_heads < 1 or case.num_heads % case.num_kv_heads:
         return f"{case.num_heads} query heads are no multiple of {case.num_kv_heads} kv heads"
-    if not 1 <= case.head_dim <= MAX_HEAD_DIM:
-        return f"head_dim {case.head_dim} is not in 1..{MAX_HEAD_DIM}"
+    most_dim = MAX_HEAD_DIM if case.latent_dim is None else MAX_LATENT_HEAD_DIM
+    if not 1 <= case.head_dim <= most_dim:
+        return f"head_dim {case.head_dim} is not in 1..{most_dim}"
+    if case.latent_dim is not None and not 1 <= case.latent_dim <= case.head_dim:
+        return f"latent_dim {case.latent_dim} is not in 1..{case.head_dim}, the head_dim"
     rows = Layout.of(case).rows
     if case.page_size < 1 or case.page_size % rows:
         return f"page_size {case.page_size} is no multiple of {rows}, the rows of a tile of {case.dtype}"
@@ -97,6 +104,9 @@ class Layout:
         value_start = case.head_dim if shares_tile else key_lanes
         width = round_up(value_start + case.head_dim, LANES)
         value_first = value_start // LANES * LANES
+        value_lanes = width - value_first
+        if case.latent_dim is not None:
+            value_start, value_first, width, value_lanes = 0, 0, key_lanes, round_up(case.latent_dim, LANES)
         rows = SUBLANES * 4 // itemsize
         return cls(
             rows=rows,
@@ -104,7 +114,7 @@ class Layout:
             key_lanes=key_lanes,
             value_start=value_start,
             value_first=value_first,
-            value_lanes=width - value_first,
+            value_lanes=value_lanes,
             heads=round_up(case.num_heads, SUBLANES),
             kv_heads=round_up(case.num_kv_heads, SUBLANES),
             group=round_up(case.num_heads // case.num_kv_heads, rows),

@@ -19,6 +19,7 @@ KINDS = {
     "gemma3_text": "five windows to a full layer, two rope bases, query and key norms",
     "gemma4_e": "layers that read other layers' keys, two head dims, per-layer inputs",
     "gpt_bigcode_mqa": "one kv head, learned positions, biases, layer norm",
+    "deepseek_v2_dense": "one latent for all heads' keys and values, scaled rope",
     "smollm3": "a layer without rope between layers with it",
     "qwen2_moe_step": "experts in some layers, one shared behind a gate",
     "gpt_oss": "attention sinks in rings and full attention, experts with biases",

@@ -52,7 +52,10 @@ class Ragged:
         case, page = self.case, self.case.page_size
         shape = (case.num_kv_heads, case.head_dim)
         self.keys = [rng.normal(size=(c + n, *shape)).astype(np.float32) for c, n in self.lengths]
-        self.values = [rng.normal(size=(c + n, *shape)).astype(np.float32) for c, n in self.lengths]
+        if case.latent_dim is None:
+            self.values = [rng.normal(size=(c + n, *shape)).astype(np.float32) for c, n in self.lengths]
+        else:
+            self.values = [keys[..., : case.latent_dim] for keys in self.keys]
         self.queries = [rng.normal(size=(n, case.num_heads, case.head_dim)).astype(np.float32) for _, n in self.lengths]
         self.sinks = rng.normal(size=case.num_heads).astype(np.float32) if case.has_sinks else None
         pages_needed = [-(-(c + n) // page) for c, n in self.lengths]
@@ -61,15 +64,15 @@ class Ragged:
         num_pages = 1 + self.num_sequences * width
         free = list(rng.permutation(np.arange(1, num_pages)))
         table = np.zeros((self.num_sequences, width), np.int32)
-        self.pool = np.full((num_pages, 2, case.num_kv_heads, page, case.head_dim), np.nan, np.float32)
+        kinds = 2 if case.latent_dim is None else 1
+        self.pool = np.full((num_pages, kinds, case.num_kv_heads, page, case.head_dim), np.nan, np.float32)
         tokens: list[tuple[int, int]] = []
         for row, ((cached, new), n) in enumerate(zip(self.lengths, held, strict=True)):
             table[row, :n] = [free.pop() for _ in range(n)]
             seen = 0 if case.window is None else max(0, cached - case.window + 1)
             for position in range(seen, cached):
                 slot = table[row, position // page % width]
-                self.pool[slot, 0, :, position % page] = self.keys[row][position]
-                self.pool[slot, 1, :, position % page] = self.values[row][position]
+                self.pool[slot, :, :, position % page] = self.written(row, position)
             tokens += [(row, cached + i) for i in range(new)]
         real, padding = len(tokens), self.num_tokens - len(tokens)
         starts = np.cumsum([0, *(n for _, n in self.lengths)])
@@ -90,6 +93,11 @@ class Ragged:
             ),
         )
 
+    def written(self, row: int, position: int) -> np.ndarray:
+        """What the pool holds of a token: [2, K, H], or [1, K, H] where keys begin with their values."""
+        key, value = self.keys[row][position], self.values[row][position]
+        return np.stack([key, value] if self.case.latent_dim is None else [key])
+
     def flat(self, parts: list[np.ndarray], num_heads: int) -> np.ndarray:
         """Rows of new tokens, flat, padded with NaN to T."""
         padded = np.full((self.num_tokens, num_heads, self.case.head_dim), np.nan, np.float32)
@@ -98,16 +106,18 @@ class Ragged:
             padded[: len(joined)] = joined
         return padded
 
-    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """q, k, v of this step's tokens."""
         new = [n for _, n in self.lengths]
         keys = [k[len(k) - n :] for k, n in zip(self.keys, new, strict=True)]
         values = [v[len(v) - n :] for v, n in zip(self.values, new, strict=True)]
         kv_heads = self.case.num_kv_heads
-        return self.flat(self.queries, self.case.num_heads), self.flat(keys, kv_heads), self.flat(values, kv_heads)
+        v = self.flat(values, kv_heads) if self.case.latent_dim is None else None
+        return self.flat(self.queries, self.case.num_heads), self.flat(keys, kv_heads), v
 
     def expected(self) -> np.ndarray:
-        """Attention of every real token, [num real, N, H], one query and one head at a time, in float64."""
+        """Attention of every real token, [num real, N, H], one query and one head at a time, in float64; of a case with
+        a latent_dim [num real, N, latent_dim]."""
         case, rows = self.case, []
         for (cached, new), keys, values, queries in zip(
             self.lengths, self.keys, self.values, self.queries, strict=True
@@ -125,4 +135,4 @@ class Ragged:
                     weights = np.exp(logits - logits.max())
                     heads.append(weights / (weights.sum() + extra) @ values[first : position + 1, kv_head])
                 rows.append(heads)
-        return np.array(rows).reshape(-1, case.num_heads, case.head_dim)
+        return np.array(rows).reshape(-1, case.num_heads, case.latent_dim or case.head_dim)

@@ -42,7 +42,7 @@ def check(ragged: Ragged, name: str) -> jax.Array:
     for row, (cached, new) in enumerate(ragged.lengths):
         for position in range(cached, cached + new):
             slot = held[table[row, position // case.page_size % table.shape[1]], :, :, position % case.page_size]
-            wrote = np.stack([ragged.keys[row][position], ragged.values[row][position]])
+            wrote = ragged.written(row, position)
             np.testing.assert_allclose(slot, wrote, rtol=0 if case.dtype == "float32" else 1e-2)
     return out
 
@@ -55,6 +55,8 @@ KINDS = (
     (make_case(num_heads=3, num_kv_heads=3, head_dim=16, page_size=16, window=20), 160, 8, 13, 300),  # ring
     (make_case(window=3, has_sinks=True), 16, 8, 6, 60),  # ring
     (make_case(window=9, page_size=1, platform="gpu"), 8, 5, 19, 30),
+    (make_case(num_heads=12, num_kv_heads=1, head_dim=20, latent_dim=14), 24, 5, 20, 50),
+    (make_case(num_heads=3, num_kv_heads=1, head_dim=9, latent_dim=8, window=9, page_size=2), 8, 2, 10, 40),  # ring
 )
 
 

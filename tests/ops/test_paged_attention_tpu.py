@@ -40,16 +40,19 @@ def attend(case: AttentionCase, blocks: Blocks | None) -> Callable[..., tuple[ja
 
 
 def to_layout(case: AttentionCase, pool: np.ndarray) -> np.ndarray:
-    """[pages, 2, K, B, H] -> the kernel's; lanes that hold neither key nor value are 0 where the key is not NaN."""
+    """[pages, 1 or 2, K, B, H] -> the kernel's; lanes without key or value are 0 where the key is not NaN."""
     layout = Layout.of(case)
     packed = np.zeros(tpu.pool_shape(case, pool.shape[0]), np.float32) + 0 * pool[:, 0, ..., :1]
     packed[..., : case.head_dim] = pool[:, 0]
-    packed[..., layout.value_start :][..., : case.head_dim] = pool[:, 1]
+    if case.latent_dim is None:
+        packed[..., layout.value_start :][..., : case.head_dim] = pool[:, 1]
     return packed
 
 
 def from_layout(case: AttentionCase, pool: jax.Array) -> np.ndarray:
     packed, start = np.asarray(pool, np.float32), Layout.of(case).value_start
+    if case.latent_dim is not None:
+        return packed[:, None, ..., : case.head_dim]
     return np.stack([packed[..., : case.head_dim], packed[..., start : start + case.head_dim]], axis=1)
 
 
@@ -68,7 +71,7 @@ def check(ragged: Ragged, blocks: Blocks | None) -> tuple[np.ndarray, jax.Array]
     for row, (cached, new) in enumerate(ragged.lengths):
         for position in range(cached, cached + new):
             page = table[row, position // case.page_size % table.shape[1]]
-            wrote = np.stack([ragged.keys[row][position], ragged.values[row][position]])
+            wrote = ragged.written(row, position)
             held[page, :, :, position % case.page_size] = jnp.asarray(wrote, case.dtype)
     np.testing.assert_array_equal(from_layout(case, pool), held)
     return result, pool
@@ -127,6 +130,12 @@ def test_head_ratios_and_dims(num_heads: int, num_kv_heads: int, head_dim: int, 
     check(Ragged(case, [(37, 1), (0, 1), (18, 11)], 16, 4, 4), None)
 
 
+@pytest.mark.parametrize(("num_heads", "head_dim", "latent_dim"), [(16, 160, 128), (5, 20, 13)])
+def test_keys_that_begin_with_their_values(num_heads: int, head_dim: int, latent_dim: int) -> None:
+    sizes = {"num_heads": num_heads, "num_kv_heads": 1, "head_dim": head_dim, "latent_dim": latent_dim}
+    check(Ragged(tpu_case(**sizes), [(37, 1), (0, 1), (18, 11)], 16, 4, 8), Blocks(2, 3, 8, 1 << 24))
+
+
 def test_one_decode_alone() -> None:
     for cached in (0, 7, 8, 33):
         check(Ragged(tpu_case(), [(cached, 1)], 1, 2, 6), Blocks(2, 3, 1, 1 << 24))
@@ -183,6 +192,8 @@ def test_a_race_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"platform": "gpu"}, "the platform is gpu, not tpu"),
         ({"dtype": "float16"}, "dtype float16 is not one of float32, bfloat16"),
         ({"head_dim": 320}, "head_dim 320 is not in 1..256"),
+        ({"head_dim": 641, "num_kv_heads": 1, "latent_dim": 512}, "head_dim 641 is not in 1..640"),
+        ({"latent_dim": 9}, "latent_dim 9 is not in 1..8, the head_dim"),
         ({"dtype": "bfloat16"}, "page_size 8 is no multiple of 16, the rows of a tile of bfloat16"),
         ({"num_heads": 5}, "5 query heads are no multiple of 2 kv heads"),
         ({"window": 0}, "window 0 is less than 1"),

@@ -128,8 +128,17 @@ def parameters(config: ModelConfig) -> Iterator[tuple[int | None, str, str]]:
         "sandwich": ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"),
     }[config.norm_placement]
     for index, layer in enumerate(config.layers):
-        owns_k = layer.kv_source is None
-        linears = [("attention/q", config.qkv_bias), ("attention/o", config.output_bias)]
+        owns_k = layer.kv_source is None and layer.latent is None
+        linears = [("attention/o", config.output_bias)]
+        if layer.latent is None:
+            linears.append(("attention/q", config.qkv_bias))
+        else:
+            linears += [("attention/q", False), ("attention/kv_down", config.qkv_bias)]
+            linears += [("attention/k_up", False), ("attention/v_up", False)]
+            yield index, "attention/kv_norm", "weight"
+            if layer.latent.q_rank is not None:
+                linears.append(("attention/q_down", config.qkv_bias))
+                yield index, "attention/q_norm", "weight"
         if owns_k:
             linears.append(("attention/k", config.qkv_bias))
         if owns_k and not layer.value_is_key:
