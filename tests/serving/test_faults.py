@@ -214,7 +214,7 @@ def test_a_step_that_hangs_is_noticed(engine: Engine, monkeypatch: pytest.Monkey
         async with connected(engine, Limits(step_timeout=0.4)) as (server, client):
             if was_idle:
                 await asyncio.sleep(0.8)
-            calls = [asyncio.create_task(client.generate(PROMPT, max_tokens=40)) for _ in range(3)]
+            calls = [asyncio.create_task(client.generate(PROMPT, max_tokens=40, ignore_eos=True)) for _ in range(3)]
             await until(lambda: server.frontend.admission.num_requests == 3)
             for _ in range(4):
                 brake.let(1)
