@@ -19,7 +19,7 @@ KINDS = {
     "gemma3_text": "five windows to a full layer, two rope bases, query and key norms",
     "gemma4_e": "layers that read other layers' keys, two head dims, per-layer inputs",
     "gpt_bigcode_mqa": "one kv head, learned positions, biases, layer norm",
-    "deepseek_v2_dense": "one latent for all heads' keys and values, scaled rope",
+    "deepseek_v3": "one latent for all heads' keys and values; a dense layer, then experts in groups",
     "smollm3": "a layer without rope between layers with it",
     "qwen2_moe_step": "experts in some layers, one shared behind a gate",
     "gpt_oss": "attention sinks in rings and full attention, experts with biases",
@@ -100,6 +100,27 @@ def test_no_prefix_cache_when_switched_off(engine: Engine, twin: Twin) -> None:
         twin.check(output)
         assert output.metrics.num_cached_tokens == 0
     assert other.stats().num_queried_prompt_tokens == 0
+
+
+def test_latents_are_shared_copied_and_recomputed() -> None:
+    """Keys that begin with their values, through every way a page can go: 8 sequences of 50 tokens over 30 pages of 4,
+    a prompt that is in the cache, and siblings that part in the middle of a page."""
+    loaded = load_model(GOLDENS / "deepseek_v2_dense")
+    engine = make_engine(loaded)
+    assert engine.plan.page_bytes == [2 * 4 * (20 + 8) * 4]  # layers, tokens, latent and rotated numbers, bytes
+    twin = Twin(loaded, 96)
+    prompts = random_prompts(11, 22, 9, 14, 20) * 2
+    for output in (outputs := run(engine, prompts, greedy(30, logprobs=2))):
+        twin.check(output)
+    assert sum(output.metrics.num_preemptions for output in outputs) > 0
+    siblings = SamplingParams(n=3, seed=5, max_tokens=12, ignore_eos=True, logprobs=1)
+    (first,) = run(engine, prompts[:1], greedy(4))
+    again, several = run(engine, [prompts[0], prompts[3][:-1]], [greedy(4, logprobs=2), siblings])
+    assert tokens_of([again]) == tokens_of([first])
+    assert again.metrics.num_cached_tokens == 20
+    assert len({tuple(tokens) for tokens in tokens_of([several])[0]}) == 3
+    for output in (again, several):
+        twin.check(output)
 
 
 MIXED_PARAMS = (

@@ -78,6 +78,30 @@ def test_absent_keys_have_the_defaults_of_transformers(architecture, switches):
     assert ours.logits_softcap == getattr(theirs, "final_logit_softcapping", None)
 
 
+@pytest.mark.parametrize(("architecture", "kind"), [("V2", "deepseek_v2"), ("V3", "deepseek_v3")])
+def test_deepseek_defaults(architecture, kind):
+    _, ours = resolve(config_json(f"Deepseek{architecture}ForCausalLM", num_experts_per_tok=5))
+    theirs = AutoConfig.for_model(kind, **SIZES, num_experts_per_tok=5)
+    latent, experts = ours.layers[-1].latent, ours.layers[-1].experts
+    assert latent is not None
+    assert (latent.rank, latent.rope_dim, latent.q_rank) == (
+        theirs.kv_lora_rank,
+        theirs.qk_rope_head_dim,
+        theirs.q_lora_rank,
+    )
+    assert (latent.key_dim, latent.value_dim) == (theirs.qk_nope_head_dim, theirs.v_head_dim)
+    assert latent.interleaved == getattr(theirs, "rope_interleave", True)
+    assert [layer.experts is None for layer in ours.layers] == [i < theirs.first_k_dense_replace for i in range(7)]
+    assert experts is not None
+    assert (experts.num_experts, experts.num_active) == (theirs.n_routed_experts, 5)
+    assert (experts.num_groups, experts.num_active_groups) == (theirs.n_group or 1, theirs.topk_group or 1)
+    assert (experts.scaling, experts.normalize) == (theirs.routed_scaling_factor, theirs.norm_topk_prob)
+    assert experts.shared_ffn_dim == theirs.n_shared_experts * theirs.moe_intermediate_size
+    assert ours.layers[-1].ffn_dim == theirs.moe_intermediate_size
+    assert (ours.max_position, ours.norm_eps) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+
+
 def test_gpt_bigcode_defaults_and_both_spellings_of_its_keys():
     old = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 64}
     new = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -206,6 +230,14 @@ ONE_ROPE = {"rope_type": "default", "rope_theta": 1e4}
         ("GptOssForCausalLM", {"quantization_config": {"quant_method": "awq"}}, "of quant_method 'mxfp4'"),
         ("Qwen3MoeForCausalLM", {"mlp_only_layers": 3}, "mlp_only_layers=3 must be a list of layers"),
         ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 must be an integer"),
+        ("DeepseekV2ForCausalLM", {}, "num_experts_per_tok=None must be an integer"),
+        ("DeepseekV2ForCausalLM", {"norm_topk_prob": True}, "norm_topk_prob=True must be False"),
+        ("DeepseekV2ForCausalLM", {"topk_method": "noaux_tc"}, "must be 'greedy' or 'group_limited_greedy'"),
+        ("DeepseekV3ForCausalLM", {"scoring_func": "softmax"}, "scoring_func='softmax' must be 'sigmoid'"),
+        ("DeepseekV3ForCausalLM", {"num_key_value_heads": 4}, "num_key_value_heads=4 must be num_attention_heads=32"),
+        ("DeepseekV3ForCausalLM", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "must be default or yarn"),
+        ("DeepseekV3ForCausalLM", {"moe_layer_freq": 2}, "moe_layer_freq=2 must be 1"),
+        ("DeepseekV3ForCausalLM", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config=.*fp8"),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\] must be a list of 7"),
     ],
 )
