@@ -93,6 +93,36 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_theta": 1000000.0,
         "tie_word_embeddings": False,
     },
+    "DeepSeek V3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 3,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "routed_scaling_factor": 2.5,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "max_position_embeddings": 163840,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
 }
 # Bytes a second of one device's memory, published.
 BANDWIDTH = {"v5p": 2765e9, "v6e": 1640e9, "tpu7x": 3690e9}
@@ -120,19 +150,32 @@ CASES = (
     Case("Qwen3 235B A22B", "v6e:4x8", "expert=8,tensor=4"),
     Case("Qwen3 235B A22B", "v5p:2x4x4", "expert=32"),
     Case("Qwen3 235B A22B", "tpu7x:2x2x2", "expert=4,tensor=4"),
+    Case("DeepSeek V3", "v6e:8x16", "expert=16,tensor=8"),
+    Case("DeepSeek V3", "v5p:4x4x4", "expert=16,tensor=4"),
+    Case("DeepSeek V3", "tpu7x:2x4x4", "expert=64"),
 )
 
 
 def hand_count(config: dict[str, Any], sizes: dict[str, int]) -> float:
     """Bytes of one device's weights in bfloat16: the matrices alone, from the model's published sizes."""
     width, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-    head = config.get("head_dim", width // heads)
-    attention = width * head * (2 * heads + 2 * config["num_key_value_heads"])
-    vocabulary = 2 * config["vocab_size"] * width
-    experts = 3 * width * config.get("moe_intermediate_size", 0) * config.get("num_experts", 0)
-    dense = 0 if experts else 3 * width * config["intermediate_size"]
-    everywhere = sizes["tensor"] * sizes["fsdp"]
-    return 2 * (vocabulary + layers * (attention + dense + experts / sizes["expert"])) / everywhere
+    whole = 0  # a layer's matrices that tensor parallelism does not cut
+    if "kv_lora_rank" in config:
+        q_rank, rank, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
+        key, value = config["qk_nope_head_dim"], config["v_head_dim"]
+        whole = width * (q_rank + rank + rope)
+        attention = heads * (q_rank * (key + rope) + rank * (key + value) + value * width)
+    else:
+        head = config.get("head_dim", width // heads)
+        attention = width * head * (2 * heads + 2 * config["num_key_value_heads"])
+    num_experts = config.get("num_experts", config.get("n_routed_experts", 0))
+    expert = 3 * width * config.get("moe_intermediate_size", 0)
+    num_dense = config.get("first_k_dense_replace", 0) if num_experts else layers
+    dense = num_dense * 3 * width * config["intermediate_size"]
+    shared = (layers - num_dense) * expert * config.get("n_shared_experts", 0)
+    routed = (layers - num_dense) * expert * num_experts / sizes["expert"]
+    cut = 2 * config["vocab_size"] * width + layers * attention + dense + shared + routed
+    return 2 * (cut / sizes["tensor"] + layers * whole) / sizes["fsdp"]
 
 
 def collectives(text: str) -> Counter[tuple[str, int]]:

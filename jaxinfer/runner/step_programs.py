@@ -50,7 +50,7 @@ class StepPrograms:
         functions = [segment.function for segment in self.segments]
         self._same_as = [functions.index(function) for function in functions]
         self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what its `begin` returns, once traced
-        head = ends["embed" if model.config.tie_embeddings else "lm_head"]["weight"].sharding.spec
+        head = specs(ends["embed" if model.config.tie_embeddings else "lm_head"]["weight"])
         self._logits = PartitionSpec(SHARDS, None, *head[:1])
 
     def layout(self, num_tokens: int) -> BatchLayout:

@@ -50,7 +50,8 @@ def mesh_axes(axes: Sequence[str]) -> tuple[str, ...]:
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "array") -> PartitionSpec:
     """The PartitionSpec of an array of this shape whose dimensions are these logical axes (None: never cut).
 
-    Fewer kv heads than tensor-parallel devices are replicated, and so is a vocabulary that they do not divide.
+    Fewer kv heads than tensor-parallel devices are replicated, and so is a vocabulary that they do not divide; vectors
+    are not cut by fsdp.
     ValueError, naming the array, for an unknown logical axis, for two dimensions cut by one mesh axis, and for a size
     that a mesh axis does not divide.
     """
@@ -63,7 +64,8 @@ def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh,
             raise ValueError(f"{name}: {axis!r} is not a logical axis; they are {', '.join(RULES)}")
         mesh_axis = None if axis is None else RULES[axis]
         ways = 1 if mesh_axis is None else mesh.shape.get(mesh_axis, 1)
-        is_whole = (axis == "kv_heads" and size < ways) or (axis in _WHOLE_IF_UNEVEN and size % ways != 0)
+        is_vector = len(shape) == 1 and mesh_axis in STORED_APART  # gathering it would take longer than reading it
+        is_whole = is_vector or (axis == "kv_heads" and size < ways) or (axis in _WHOLE_IF_UNEVEN and size % ways != 0)
         if axis is None or mesh_axis is None or ways == 1 or is_whole:
             parts.append(None)
             continue

@@ -30,8 +30,12 @@ def num_shards(mesh: Mesh) -> int:
 
 
 def specs(arrays: Any) -> Any:
-    """How arrays that lie on a mesh are cut, in their own structure."""
-    return jax.tree.map(lambda array: array.sharding.spec, arrays)
+    """How arrays are cut, in their own structure; one that lies on a single device is whole."""
+
+    def spec(array: Any) -> PartitionSpec:
+        return array.sharding.spec if isinstance(array.sharding, NamedSharding) else PartitionSpec()
+
+    return jax.tree.map(spec, arrays)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
