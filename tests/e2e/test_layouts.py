@@ -23,6 +23,8 @@ LAYOUTS = {
     "qwen2_moe_step": ["tensor=2"],  # a shared expert, dense layers between
     "qwen3_moe_windows": ["data=2,expert=2,tensor=2"],
     "gpt_oss": ["expert=5", "tensor=2"],  # sinks, biases
+    "deepseek_v3": ["data=2,expert=4"],  # latent attention, grouped routing
+    "deepseek_v3_dense": ["tensor=3"],
 }
 
 
