@@ -33,6 +33,7 @@ test-other-python: $(VENV)/installed-test
 aot:
 	$(MAKE) --no-print-directory $(AOT_VENV)/installed-aot VENV=$(AOT_VENV)
 	$(AOT_VENV)/bin/python scripts/aot.py $(ARGS)
+	$(AOT_VENV)/bin/python scripts/aot_models.py $(ARGS)
 
 $(VENV)/installed-%: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer here; install one, or set PYTHON=/path/to/python" >&2; exit 2; }

@@ -1,14 +1,14 @@
 """Compile the real step of large models for TPU slices that are not there, and hold it to a hand count.
 
     make aot                                        # after the kernels
-    python scripts/aot_models.py --only "70B"
+    python scripts/aot_models.py --cases 70B 405B
     python scripts/aot_models.py --quick            # one model on one slice
 
 Weights are shapes alone. For every model and mesh this prints one device's memory (weights by the compiled programs
 and by hand, the cache, scratch), the collectives of a whole step by kind, number and bytes, and what a step can not be
 faster than by the bytes it reads. It fails where weights differ from the hand count by 5 % or more, where a layer under
-tensor parallelism has other than two all-reduces, where anything is gathered that the layout does not gather, and
-where the cache is not updated in place.
+tensor parallelism alone has other than two all-reduces or gathers anything, and where the cache is not updated in
+place.
 """
 
 from __future__ import annotations
@@ -251,13 +251,18 @@ def check_pools(program: Any, plan: Plan, pools: tuple[int, ...]) -> None:
 
 
 def check_collectives(found: Counter[tuple[str, int]], sizes: Any, num_layers: int) -> None:
-    """Two all-reduces a layer under tensor parallelism; gathers only under fsdp (weights) and expert (rows)."""
-    number = Counter()
+    """Two all-reduces a layer under tensor parallelism; nothing else but under fsdp (weights) and expert (rows).
+
+    Gathers and scatters of those two XLA makes all-reduces of where it takes them for faster.
+    """
+    number = Counter[str]()
     for (kind, _), count in found.items():
         number[kind] += count
     expected = 2 * num_layers if sizes["tensor"] > 1 else 0
-    assert number["all-reduce"] == expected, f"{number['all-reduce']} all-reduces, expected {expected}"
-    if sizes["fsdp"] == 1 and sizes["expert"] == 1:
+    if sizes["fsdp"] > 1 or sizes["expert"] > 1:
+        assert number["all-reduce"] >= expected, f"{number['all-reduce']} all-reduces, expected {expected} or more"
+    else:
+        assert number["all-reduce"] == expected, f"{number['all-reduce']} all-reduces, expected {expected}"
         assert number["all-gather"] == 0, f"{number['all-gather']} all-gathers"
 
 
@@ -287,12 +292,13 @@ def report(case: Case) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the step of large models without a TPU.")
-    parser.add_argument("--only", default="", help="cases whose model, slice or mesh contains this")
+    parser.add_argument("--cases", nargs="+", default=[], help="those whose model, slice or mesh contains one of these")
     parser.add_argument("--quick", action="store_true", help="the first case alone")
     arguments = parser.parse_args()
-    cases = [case for case in CASES if arguments.only in f"{case.model} {case.slice} {case.mesh}"]
+    wanted = arguments.cases or [""]
+    cases = [case for case in CASES if any(text in f"{case.model} {case.slice} {case.mesh}" for text in wanted)]
     if not cases:
-        parser.error(f"nothing matches {arguments.only!r}; models are {', '.join(MODELS)}")
+        parser.error(f"nothing matches {wanted}; models are {', '.join(MODELS)}")
     results = [report(case) for case in (cases[:1] if arguments.quick else cases)]
     print(f"{len(results)} models and slices, {results.count(False)} failed")
     return 1 if False in results else 0
