@@ -36,13 +36,16 @@ def shards_of(scheduler: ShardedScheduler, schedules: tuple[Schedule, ...] | Non
     return {row.sequence.request_id: shard for shard, own in enumerate(schedules) for row in own.rows}
 
 
+def commit(scheduler: ShardedScheduler, schedules: tuple[Schedule, ...] | None) -> None:
+    assert schedules is not None
+    for shard, schedule in enumerate(schedules):
+        scheduler.commit(shard, schedule, np.full(len(schedule.sampling_rows), 9))
+    scheduler.check_integrity()
+
+
 def drain(scheduler: ShardedScheduler) -> None:
     while scheduler.has_unfinished():
-        schedules = scheduler.schedule()
-        assert schedules is not None
-        for shard, schedule in enumerate(schedules):
-            scheduler.commit(shard, schedule, np.full(len(schedule.sampling_rows), 9))
-        scheduler.check_integrity()
+        commit(scheduler, scheduler.schedule())
 
 
 def test_requests_go_where_least_is_left_to_do() -> None:
@@ -58,16 +61,14 @@ def test_a_prefix_that_is_cached_outweighs_as_many_tokens() -> None:
     scheduler.add(sequence("busy", [7] * 4, max_tokens=40))  # shard 0
     prompt = list(range(12))
     scheduler.add(sequence("first", prompt))  # shard 1
-    while scheduler.num_running + scheduler.num_waiting == 2 or not scheduler.num_running:
-        schedules = scheduler.schedule()
-        assert schedules is not None
-        for shard, schedule in enumerate(schedules):
-            scheduler.commit(shard, schedule, np.full(len(schedule.sampling_rows), 9))
-    scheduler.add(sequence("third", [5] * 10))  # shard 1, which is empty: now it has more to do than shard 0
-    scheduler.add(sequence("again", prompt))
-    placed = shards_of(scheduler, scheduler.schedule())
-    assert placed["third"] == 1
-    assert placed["again"] == 1
+    for _ in range(5):  # until only the first request is left
+        commit(scheduler, scheduler.schedule())
+    assert scheduler.num_running == 1
+    scheduler.add(sequence("third", [5] * 10))
+    scheduler.add(sequence("again", prompt))  # shard 1 has more to do, but less of this
+    schedules = scheduler.schedule()
+    assert shards_of(scheduler, schedules) == {"busy": 0, "third": 1, "again": 1}
+    commit(scheduler, schedules)
     drain(scheduler)
     assert scheduler.stats().prefix_hit_tokens == 8
 
