@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
@@ -41,13 +40,11 @@ def load_params(
     family: Family,
     config: ModelConfig,
     mesh: Mesh | None = None,
-    dtype: Any = None,
 ) -> dict[str, Any]:
     """The nested dict of jax.Arrays that `abstract` describes, read from `reader`.
 
     abstract: nested dict of ShapeDtypeStruct. axes: the same nesting, logical axes per parameter. family: says which
-    tensor fills which parameter of `config`. mesh: None puts everything on the default device. dtype: of the
-    floating-point parameters; None keeps each one's abstract dtype.
+    tensor fills which parameter of `config`. mesh: None puts everything on the default device.
 
     ValueError, naming the tensors, for missing, unexpected or wrongly shaped ones.
     """
@@ -67,8 +64,6 @@ def load_params(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
         for i in in_file_order:
             wanted = np.dtype(leaves[i][1].dtype)
-            if dtype is not None and jnp.issubdtype(wanted, jnp.floating):
-                wanted = np.dtype(dtype)
             arrays[i] = load_param(reader, sources[paths[i]], shapes[paths[i]], wanted, shardings[i], pool)
             if previous is not None:
                 previous.block_until_ready()  # so that at most two parameters wait on the host

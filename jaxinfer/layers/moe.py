@@ -49,7 +49,7 @@ class Router(nnx.Module):
         router = {"router": experts.num_experts}
         self.weight = make.normal({**router, "embed": config.hidden_size}, config.hidden_size**-0.5)
         self.bias = make.constant(router, 0.0) if experts.router_bias else None
-        self.score_bias = make.constant(router, 0.0) if experts.score_bias else None
+        self.score_bias = make.constant(router, 0.0, jnp.float32) if experts.score_bias else None
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [T, D] -> weights float32 [T, A], experts int32 [T, A]."""
@@ -60,12 +60,12 @@ class Router(nnx.Module):
 
 
 def route(config: ExpertsConfig, logits: jax.Array, score_bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """logits float32 [T, E], score_bias [E] or None -> weights float32 [T, A], experts int32 [T, A], best first."""
+    """logits [T, E] and score_bias [E], float32 -> weights float32 [T, A], experts int32 [T, A], best first."""
     if config.scoring == "softmax_of_chosen":
         best, chosen = jax.lax.top_k(logits, config.num_active)
         return jax.nn.softmax(best, axis=-1) * config.scaling, chosen
     scores = jax.nn.softmax(logits, axis=-1) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
-    ranked = scores if score_bias is None else scores + score_bias.astype(jnp.float32)
+    ranked = scores if score_bias is None else scores + score_bias
     if config.num_groups > 1:
         ranked = _in_best_groups(config, ranked)
     _, chosen = jax.lax.top_k(ranked, config.num_active)
