@@ -127,10 +127,10 @@ def load_model(
     shardings = param_shardings(model.abstract_params, model.logical_axes, made)
     check_memory(model.abstract_params, shardings, made)
     if is_orbax(directory):
-        params = load_orbax(directory, model.abstract_params, model.logical_axes, made, computed)
+        params = load_orbax(directory, model.abstract_params, model.logical_axes, made)
     else:
         with CheckpointReader(directory) as reader:
-            params = load_params(reader, model.abstract_params, model.logical_axes, family, config, made, computed)
+            params = load_params(reader, model.abstract_params, model.logical_axes, family, config, made)
     return LoadedModel(model, params, made, directory, generation)
 
 

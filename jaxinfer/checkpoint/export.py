@@ -74,11 +74,13 @@ def plan_export(params: Mapping[str, Param], sources: Mapping[str, Source]) -> l
     for pattern, paths in paths_of.items():
         paths.sort(key=lambda path: sources[path].rows or sources[path].head_rows or sources[path].every or (0, 0))
         first, source = params[paths[0]], sources[paths[0]]
-        stack, shape = (first.shape[:1], first.stored_shape[1:]) if source.stacked else ((), first.stored_shape)
-        if len(paths) > 1:
-            shape = (sum(params[path].stored_shape[len(stack)] for path in paths), *shape[1:])
+        stack = first.shape[:1] if source.stacked else ()
+        shapes = [params[path].stored_shape[len(stack) :] for path in paths]
+        if source.every is not None:
+            shapes = [(*shapes[0][:-1], sum(shape[-1] for shape in shapes))]
         if source.transpose:
-            shape = shape[::-1]
+            shapes = [shape[::-1] for shape in shapes]
+        shape = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
         names = source.names(math.prod(first.shape[:1]))
         if names == [pattern]:
             tensors.append(ExportTensor(pattern, stack + shape, first.dtype, tuple(paths)))
@@ -94,11 +96,7 @@ def assemble(
     source = sources[tensor.paths[0]]
     parts = [values[path] if tensor.expert is None else values[path][tensor.expert] for path in tensor.paths]
     parts = [part.astype(tensor.dtype, copy=False) for part in parts]
-    if source.stacked:
-        axis = 1 if tensor.expert is None else 0
-        whole = np.concatenate(parts, axis) if source.every is None else _taking_turns(parts, axis)
-        whole = np.swapaxes(whole, -1, -2) if source.transpose else whole
-    elif source.head_rows is not None:  # head by head: [N, rows of each part, ...]
+    if source.head_rows is not None:  # head by head: [N, rows of each part, ...]
         heads = params[tensor.paths[0]].shape[0]
         parts = [
             part.reshape(heads, -1, *params[path].stored_shape[1:])
@@ -106,16 +104,15 @@ def assemble(
         ]
         whole = np.concatenate(parts, axis=1)
     else:
-        parts = [part.reshape(params[path].stored_shape) for part, path in zip(parts, tensor.paths, strict=True)]
-        parts = [part.T if sources[path].transpose else part for part, path in zip(parts, tensor.paths, strict=True)]
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if tensor.expert is None:
+            parts = [part.reshape(params[path].stored_shape) for part, path in zip(parts, tensor.paths, strict=True)]
+        if source.every is not None:  # the first of each part, the second of each, ...
+            parts = [np.stack(parts, axis=-1).reshape(*parts[0].shape[:-1], -1)]
+        if source.transpose:
+            parts = [np.swapaxes(part, -1, -2) for part in parts]
+        axis = 1 if source.stacked and tensor.expert is None else 0
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
     return np.ascontiguousarray(whole.reshape(tensor.shape))
-
-
-def _taking_turns(parts: Sequence[np.ndarray], axis: int) -> np.ndarray:
-    """The first row of each part, the second of each, ...; rows lie along `axis`."""
-    whole = np.stack(parts, axis=axis + 1)
-    return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
 
 
 def export_safetensors(

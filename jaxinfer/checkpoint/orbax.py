@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -63,16 +62,13 @@ def load_orbax(
     abstract: Mapping[str, Any],
     axes: Mapping[str, Any],
     mesh: Mesh | None = None,
-    dtype: Any = None,
 ) -> dict[str, Any]:
     """The nested dict of jax.Arrays that `abstract` describes, restored from a model directory. See load_params.
 
     Each device reads its own part. Host memory beside the parameters: up to 1 GB of what is being read, or the two
     largest parameters. ValueError, naming parameters, for missing, unexpected or wrongly shaped ones.
     """
-    dtypes = jax.tree.map(
-        lambda leaf: dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype, abstract
-    )
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, abstract)
     with OrbaxReader(directory) as reader:
         reader.check(
             {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}

@@ -1,4 +1,4 @@
-"""Dense projections. Weights keep the checkpoint's [out, in] order: loading never transposes."""
+"""Dense projections. Weights keep the checkpoint's [out, in] order, so that loading need not transpose."""
 
 from __future__ import annotations
 

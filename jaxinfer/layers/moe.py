@@ -49,7 +49,7 @@ class Router(nnx.Module):
         router = {"router": experts.num_experts}
         self.weight = make.normal({**router, "embed": config.hidden_size}, config.hidden_size**-0.5)
         self.bias = make.constant(router, 0.0) if experts.router_bias else None
-        self.score_bias = make.constant(router, 0.0) if experts.score_bias else None
+        self.score_bias = make.constant(router, 0.0, jnp.float32) if experts.score_bias else None
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [T, D] -> weights float32 [T, A], experts int32 [T, A]."""
@@ -60,12 +60,12 @@ class Router(nnx.Module):
 
 
 def route(config: ExpertsConfig, logits: jax.Array, score_bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """logits float32 [T, E], score_bias [E] or None -> weights float32 [T, A], experts int32 [T, A], best first."""
+    """logits [T, E] and score_bias [E], float32 -> weights float32 [T, A], experts int32 [T, A], best first."""
     if config.scoring == "softmax_of_chosen":
         best, chosen = jax.lax.top_k(logits, config.num_active)
         return jax.nn.softmax(best, axis=-1) * config.scaling, chosen
     scores = jax.nn.softmax(logits, axis=-1) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
-    ranked = scores if score_bias is None else scores + score_bias.astype(jnp.float32)
+    ranked = scores if score_bias is None else scores + score_bias
     if config.num_groups > 1:
         ranked = _in_best_groups(config, ranked)
     _, chosen = jax.lax.top_k(ranked, config.num_active)
@@ -85,7 +85,7 @@ def _in_best_groups(config: ExpertsConfig, ranked: jax.Array) -> jax.Array:
 
 
 class Experts(nnx.Module):
-    """The experts' gated feed-forwards, stacked: gate and up [E, F, D], down [E, D, F].
+    """The experts' gated feed-forwards, stacked: gate and up [E, D, F], down [E, F, D].
 
     Where the experts at hand are one device's, it takes the rows of all devices that have others, and each gets back
     the sum for its own rows; where they are parts of the width, the parts are summed.
@@ -103,7 +103,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
         """x [T, D], weights and chosen experts [T, A] -> [T, D]."""
-        num_experts, ffn_dim, _ = self.gate.weight.shape
+        num_experts, _, ffn_dim = self.gate.weight.shape
         is_cut = num_experts < self.num_experts
         if is_cut:
             x, weights, chosen = (all_rows(rows, "experts") for rows in (x, weights, chosen))
@@ -127,14 +127,14 @@ class Experts(nnx.Module):
 
 
 class StackedLinear(nnx.Module):
-    """One projection of every expert: weight [E, out, in], bias [E, out]."""
+    """One projection of every expert: weight [E, in, out], bias [E, out]."""
 
     def __init__(
         self, make: Parameters, experts: dict[str, int], inputs: dict[str, int], out: dict[str, int], *, bias: bool
     ) -> None:
         ((self.input_axis, width),) = inputs.items()
         self.input_size = width
-        self.weight = make.normal({**experts, **out, **inputs}, width**-0.5)
+        self.weight = make.normal({**experts, **inputs, **out}, width**-0.5)
         self.bias = make.constant({**experts, **out}, 0.0) if bias else None
 
     def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -144,7 +144,7 @@ class StackedLinear(nnx.Module):
             return y
         expert = jnp.repeat(jnp.arange(group_sizes.shape[0]), group_sizes, total_repeat_length=x.shape[0])
         bias = self.bias[...]
-        if self.weight.shape[2] < self.input_size:  # y is one of several parts, and the bias is added to the first
+        if self.weight.shape[1] < self.input_size:  # y is one of several parts, and the bias is added to the first
             bias = jnp.where(place_on(self.input_axis) == 0, bias, 0)
         return y + bias[expert]
 

@@ -4,6 +4,9 @@ On TPU and GPU this is XLA's ragged product. On CPU XLA multiplies every row wit
 rows of all groups, a little more than a group has on average, are one batch of products over the matrices as they lie
 in memory. What is left of long groups goes block by block, each with a copy of its group's matrix (a slice of a
 product's operand is a copy), and so does everything where rows are too few to use most of the matrices.
+
+The matrices are [in, out], unlike other weights here: of [out, in] the TPU compiler makes a transposed copy in every
+call, which takes longer than the product of a few rows.
 """
 
 from __future__ import annotations
@@ -14,11 +17,11 @@ from jax import lax
 
 _MOST_ROWS = 128  # of a block: beyond that a product is no faster
 
-_RAGGED = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
+_RAGGED = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
 
 
 def grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """x [R, in], the rows of group 0, then of group 1, ...; weight [G, out, in]; group_sizes int32 [G] -> [R, out].
+    """x [R, in], the rows of group 0, then of group 1, ...; weight [G, in, out]; group_sizes int32 [G] -> [R, out].
 
     Groups may be empty. Rows past the last group come out finite where x is, and mean nothing.
     """
@@ -37,7 +40,7 @@ def _on_cpu(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Arra
     in_batch = _rounded_up(1.5 * num_rows / num_groups, 4)
     first_row = jnp.cumsum(group_sizes) - group_sizes
     rows = jnp.minimum(first_row[:, None] + jnp.arange(in_batch), num_rows - 1)
-    batch = lax.dot_general(x[rows], weight, (((2,), (2,)), ((0,), (0,))))  # [G, in_batch, out]
+    batch = lax.dot_general(x[rows], weight, (((2,), (1,)), ((0,), (0,))))  # [G, in_batch, out]
     rest = _by_blocks(x, weight, group_sizes, in_batch, min(in_batch, _MOST_ROWS))
     group = jnp.repeat(jnp.arange(num_groups), group_sizes, total_repeat_length=num_rows)
     place = jnp.arange(num_rows) - first_row[group]
@@ -58,7 +61,7 @@ def _rounded_up(size: float, multiple: int) -> int:
 
 def _by_blocks(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, first: int, size: int) -> jax.Array:
     """The products of every group's rows from its `first` on, in blocks of `size`; other rows mean nothing."""
-    num_rows, out = x.shape[0], weight.shape[1]
+    num_rows, out = x.shape[0], weight.shape[2]
     blocks = -(-jnp.maximum(group_sizes - first, 0) // size)
     first_block = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(blocks, dtype=jnp.int32)])
     first_row = jnp.cumsum(group_sizes) - group_sizes + first
@@ -70,7 +73,7 @@ def _by_blocks(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, first: i
         rows = lax.dynamic_slice_in_dim(padded, start, size)
         matrix = lax.dynamic_index_in_dim(weight, group, keepdims=False)
         # A group's last block also writes rows of the groups after it, whose own blocks come later.
-        return lax.dynamic_update_slice_in_dim(y, rows @ matrix.T, start, 0)
+        return lax.dynamic_update_slice_in_dim(y, rows @ matrix, start, 0)
 
     y = jnp.zeros((num_rows + size - 1, out), x.dtype)
     return lax.fori_loop(0, first_block[-1], multiply, y)[:num_rows]

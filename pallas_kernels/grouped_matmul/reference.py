@@ -10,7 +10,7 @@ def grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> j
     """Every row times its group's matrix.
 
     x            [R, in], the rows of group 0, then those of group 1, ...
-    weight       [G, out, in]
+    weight       [G, in, out]
     group_sizes  int32 [G]; a group may be empty, and rows past the last group belong to none
 
     Returns [R, out] in x's dtype, zero for rows of no group.
@@ -19,5 +19,5 @@ def grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> j
     row = jnp.arange(x.shape[0])
     group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), weight.shape[0] - 1)
     own = weight.astype(jnp.float32)[group]
-    y = jnp.einsum("rd,rfd->rf", x.astype(jnp.float32), own, precision="highest")
+    y = jnp.einsum("rd,rdf->rf", x.astype(jnp.float32), own, precision="highest")
     return jnp.where(row[:, None] < ends[-1], y, 0.0).astype(x.dtype)

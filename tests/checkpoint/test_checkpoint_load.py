@@ -52,7 +52,7 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "norm": {"weight": shape(D)},
         "first": {"weight": shape(N, H, D)},
         "second": {"weight": shape(N, H, D)},
-        "experts": {"down": shape(E, D, F), "up": shape(E, F, D), "bias": shape(E, F)},
+        "experts": {"down": shape(E, F, D), "up": shape(E, D, F), "bias": shape(E, F)},
     }
     axes = {
         "embed": {"weight": ("vocab", "embed")},
@@ -66,7 +66,7 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "norm": {"weight": ("embed",)},
         "first": {"weight": ("q_heads", "head_dim", "embed")},
         "second": {"weight": ("q_heads", "head_dim", "embed")},
-        "experts": {"down": ("experts", "embed", "ffn"), "up": ("experts", "ffn", "embed"), "bias": ("experts", "ffn")},
+        "experts": {"down": ("experts", "ffn", "embed"), "up": ("experts", "embed", "ffn"), "bias": ("experts", "ffn")},
     }
     sources = {
         "embed/weight": Source("embed.weight"),
@@ -79,8 +79,8 @@ def tiny(dtype: Any = np.float32) -> tuple[dict[str, np.ndarray], dict[str, Any]
         "norm/weight": Source("norm.weight"),
         "first/weight": Source("heads.weight", head_rows=(0, H)),
         "second/weight": Source("heads.weight", head_rows=(H, 2 * H)),
-        "experts/down": Source("experts.*.weight", stacked=True),
-        "experts/up": Source("gate_up.weight", transpose=True, every=(1, 2), stacked=True),
+        "experts/down": Source("experts.*.weight", transpose=True, stacked=True),
+        "experts/up": Source("gate_up.weight", every=(1, 2), stacked=True),
         "experts/bias": Source("gate_up.bias", every=(1, 2), stacked=True),
     }
     return tensors, abstract, axes, sources
@@ -99,8 +99,8 @@ def expected(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "norm/weight": tensors["model.norm.weight"],
         "first/weight": tensors["model.heads.weight"].reshape(N, 2, H, D)[:, 0],
         "second/weight": tensors["model.heads.weight"].reshape(N, 2, H, D)[:, 1],
-        "experts/down": np.stack([tensors[f"model.experts.{index}.weight"] for index in range(E)]),
-        "experts/up": tensors["model.gate_up.weight"][:, :, 1::2].swapaxes(1, 2),
+        "experts/down": np.stack([tensors[f"model.experts.{index}.weight"].T for index in range(E)]),
+        "experts/up": tensors["model.gate_up.weight"][:, :, 1::2],
         "experts/bias": tensors["model.gate_up.bias"][:, 1::2],
     }
 
@@ -120,21 +120,24 @@ def family_of(sources: dict[str, Source], ignored: tuple[str, ...] = ()) -> Fami
     return Family((), lambda _: NO_CONFIG, lambda _: sources, aliases=(("", "model."),), ignored=ignored)
 
 
-def load(directory: Path, ignored: tuple[str, ...] = (), **kwargs: Any) -> dict[str, Any]:
+def load(directory: Path, ignored: tuple[str, ...] = (), wanted: Any = np.float32, **kwargs: Any) -> dict[str, Any]:
+    import jax
+
     _, abstract, axes, sources = tiny()
+    abstract = jax.tree.map(lambda leaf: leaf.update(dtype=wanted), abstract)
     with CheckpointReader(directory) as reader:
         return flat(load_params(reader, abstract, axes, family_of(sources, ignored), NO_CONFIG, **kwargs))
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("wanted", [None, np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("wanted", [np.float32, ml_dtypes.bfloat16])
 def test_single_device(tmp_path: Path, stored: Any, wanted: Any) -> None:
     tensors, *_ = tiny(stored)
     save_file(tensors, tmp_path / "model.safetensors")
-    params = load(tmp_path, dtype=wanted)
+    params = load(tmp_path, wanted=wanted)
     assert set(params) == set(expected(tensors))
     for path, value in expected(tensors).items():
-        want = value.astype(np.float32 if wanted is None else wanted)
+        want = value.astype(wanted)
         assert params[path].dtype == want.dtype
         np.testing.assert_array_equal(np.asarray(params[path]), want, err_msg=path)
 
@@ -192,11 +195,11 @@ jax.block_until_ready(jax.device_put(np.zeros(8)))
 with CheckpointReader({directory!r}) as reader:
     shapes = {{name: info.shape for name, info in reader.tensors.items()}}
     if {stacked}:
-        shapes = {{"w0.*": (6, *shapes["w0.0"]), "w1.*": (6, *shapes["w1.0"])}}
+        shapes = {{"w0.*": (6, *shapes["w0.0"][::-1]), "w1.*": (6, *shapes["w1.0"][::-1])}}
     abstract = {{name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}}
     axes = {{name: (None,) * len(shape) for name, shape in shapes.items()}}
     before = memory("VmRSS")
-    sources = {{name: Source(name, stacked={stacked}) for name in abstract}}
+    sources = {{name: Source(name, transpose={stacked}, stacked={stacked}) for name in abstract}}
     config = ModelConfig("test", 1, 1, 1, ())
     family = Family((), lambda _: config, lambda _: sources)
     params = load_params(reader, abstract, axes, family, config)
@@ -304,8 +307,8 @@ def packed(blocks: tuple[int, ...], scales: tuple[int, ...]) -> dict[str, np.nda
 def load_packed(directory: Path, **fields: Any) -> np.ndarray:
     import jax
 
-    abstract, axes = {"w": jax.ShapeDtypeStruct((E, 6, 64), np.float32)}, {"w": ("experts", "ffn", "embed")}
-    sources = {"w": Source("w", transpose=True, stacked=True, **fields)}
+    abstract, axes = {"w": jax.ShapeDtypeStruct((E, 64, 6), np.float32)}, {"w": ("experts", "embed", "ffn")}
+    sources = {"w": Source("w", stacked=True, **fields)}
     family = Family((), lambda _: NO_CONFIG, lambda _: sources)
     with CheckpointReader(directory) as reader:
         return np.asarray(load_params(reader, abstract, axes, family, NO_CONFIG)["w"])
@@ -324,7 +327,7 @@ def test_packed_numbers(tmp_path: Path) -> None:
         size = half / 2 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + half / 2)
         scale = 2.0 ** (int(tensors["w_scales"][expert, row, column // 32]) - 127)
         want[place] = (-size if number & 8 else size) * scale
-    np.testing.assert_array_equal(load_packed(tmp_path, every=(1, 2)), want[:, 1::2])
+    np.testing.assert_array_equal(load_packed(tmp_path, every=(1, 2)), want[:, 1::2].swapaxes(1, 2))
 
 
 @pytest.mark.parametrize(

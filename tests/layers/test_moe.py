@@ -109,7 +109,7 @@ def test_every_token_is_served_by_its_experts(num_tokens: int, clamp: tuple[floa
     def part(name: str, expert: int, row: np.ndarray) -> np.ndarray:
         linear = getattr(experts, name)
         bias = 0 if linear.bias is None else np.asarray(linear.bias[...])[expert]
-        return np.asarray(linear.weight[...])[expert] @ row + bias
+        return row @ np.asarray(linear.weight[...])[expert] + bias
 
     def one(row: np.ndarray) -> np.ndarray:
         weights, chosen = (np.asarray(part)[0] for part in moe.router(jnp.asarray(row[None])))

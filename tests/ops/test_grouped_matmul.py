@@ -33,7 +33,7 @@ def test_equals_the_reference(path: str, num_rows: int, data: st.DataObject) -> 
     sizes = np.diff([0, *cuts]).astype(np.int32)
     rng = np.random.default_rng(num_rows)
     x = jnp.asarray(rng.normal(size=(num_rows, IN)), jnp.float32)
-    weight = jnp.asarray(rng.normal(size=(NUM_GROUPS, OUT, IN)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(NUM_GROUPS, IN, OUT)), jnp.float32)
     got = np.asarray(compiled(path)(x, weight, jnp.asarray(sizes)))
     assert np.all(np.isfinite(got))
     want = np.asarray(reference(x, weight, jnp.asarray(sizes)))
@@ -43,16 +43,16 @@ def test_equals_the_reference(path: str, num_rows: int, data: st.DataObject) -> 
 
 def test_the_reference_multiplies_row_by_row() -> None:
     rng = np.random.default_rng(0)
-    x, weight = rng.normal(size=(6, IN)), rng.normal(size=(3, OUT, IN))
+    x, weight = rng.normal(size=(6, IN)), rng.normal(size=(3, IN, OUT))
     got = reference(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32), jnp.asarray([2, 0, 3]))
-    want = [*(weight[0] @ row for row in x[:2]), *(weight[2] @ row for row in x[2:5]), np.zeros(OUT)]
+    want = [*(row @ weight[0] for row in x[:2]), *(row @ weight[2] for row in x[2:5]), np.zeros(OUT)]
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def random_case(num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     rng = np.random.default_rng(num_rows)
     sizes = rng.multinomial(num_rows, [1 / NUM_GROUPS] * NUM_GROUPS).astype(np.int32)
-    x, weight = rng.normal(size=(num_rows, IN)), rng.normal(size=(NUM_GROUPS, OUT, IN))
+    x, weight = rng.normal(size=(num_rows, IN)), rng.normal(size=(NUM_GROUPS, IN, OUT))
     return jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32), jnp.asarray(sizes)
 
 

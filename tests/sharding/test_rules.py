@@ -29,7 +29,7 @@ def mesh(**sizes: int) -> Any:
         (("kv_heads", "head_dim", "embed"), (4, 4, 16), {"tensor": 4}, PartitionSpec("tensor")),
         (("embed", "ffn"), (16, 12), {"tensor": 4}, PartitionSpec(None, "tensor")),
         (("vocab", "embed"), (32, 16), {"data": 4}, PartitionSpec()),
-        (("experts", "ffn", "embed"), (8, 4, 16), {"expert": 8, "tensor": 2}, PartitionSpec("expert", "tensor")),
+        (("experts", "embed", "ffn"), (8, 16, 4), {"expert": 8, "tensor": 2}, PartitionSpec("expert", None, "tensor")),
         ((None,), (7,), {"tensor": 2, "fsdp": 2}, PartitionSpec()),
         (("layers", "pages", "tokens"), (3, 5, 8), {"data": 2}, PartitionSpec(None, None, "data")),
         ((), (), {"tensor": 2}, PartitionSpec()),

@@ -16,8 +16,9 @@ class Source:
 
     name: the tensor's name. rows: the half-open range along its first axis (tensors fused block after block).
     head_rows: the half-open range inside every head, where the tensor holds one block of rows a head after another
-    (tensors fused head by head); their number is the parameter's first size. transpose: the tensor is stored
-    [in, out]. every: the first row and the step of rows that take turns with others' (after the transpose).
+    (tensors fused head by head); their number is the parameter's first size. transpose: the parameter is a matrix, and
+    its transpose is stored. every: the first and the step along the parameter's last axis, in a tensor where several
+    parameters' numbers take turns along it.
     The result is reshaped to the parameter's own shape, so [N * H, D] fills [N, H, D].
 
     stacked: all this holds for each index of the parameter's first axis. The name's "*" is that index, or there is
@@ -60,13 +61,13 @@ class Family:
         """`sources`, with each tensor named as the checkpoint holding `tensors` names it.
 
         A tensor that is there under no name keeps its first one, for the loader to report as missing. One that is not
-        there, but whose _blocks are, is packed, and never transposed.
+        there, but whose _blocks are, is packed: matrices [in, out] as [out, in].
         """
         found = {}
         for path, source in self.sources(config).items():
             name, packed = source.name, f"{source.name}_blocks"
             if name not in tensors and packed in tensors:
-                found[path] = replace(source, name=packed, scales=f"{name}_scales", transpose=False)
+                found[path] = replace(source, name=packed, scales=f"{name}_scales", transpose=True)
                 continue
             others = (new + name.removeprefix(old) for old, new in self.aliases if name.startswith(old))
             there = (n for n in (name, *others) if n.replace("*", "0") in tensors)

@@ -69,11 +69,11 @@ def sources(config: ModelConfig) -> dict[str, Source]:
     found = {path: source for path, source in named_sources(config, NAMES).items() if "/experts/" not in path}
     for index in range(len(config.layers)):
         ours, theirs = f"layers/{index}/mlp/experts", f"model.layers.{index}.mlp.experts"
-        for place, part in enumerate(("gate", "up")):  # their rows take turns
+        for place, part in enumerate(("gate", "up")):  # their outputs take turns
             every = (place, 2)
-            found[f"{ours}/{part}/weight"] = Source(f"{theirs}.gate_up_proj", transpose=True, every=every, stacked=True)
+            found[f"{ours}/{part}/weight"] = Source(f"{theirs}.gate_up_proj", every=every, stacked=True)
             found[f"{ours}/{part}/bias"] = Source(f"{theirs}.gate_up_proj_bias", every=every, stacked=True)
-        found[f"{ours}/down/weight"] = Source(f"{theirs}.down_proj", transpose=True, stacked=True)
+        found[f"{ours}/down/weight"] = Source(f"{theirs}.down_proj", stacked=True)
         found[f"{ours}/down/bias"] = Source(f"{theirs}.down_proj_bias")
     return found
 

@@ -176,12 +176,14 @@ def _feed_forward(config: ModelConfig, layer: LayerConfig) -> list[tuple[str, bo
 
 
 def sources(config: ModelConfig, names: Mapping[str, str] = LLAMA_NAMES) -> dict[str, Source]:
-    """Every parameter in a tensor of its own, under `names`."""
+    """Every parameter in a tensor of its own, or each expert's part of it, under `names`."""
     found = {}
     for layer, module, leaf in parameters(config):
         if layer is None:
             found[f"{module}/{leaf}"] = Source(f"{names[module]}.{leaf}")
         else:
             name = f"{names['layers']}.{layer}.{names[module]}.{LEAVES.get(leaf, leaf)}"
-            found[f"layers/{layer}/{module}/{leaf}"] = Source(name, stacked="*" in name)
+            stacked = "*" in name  # stacks of matrices are [E, in, out]
+            path = f"layers/{layer}/{module}/{leaf}"
+            found[path] = Source(name, stacked=stacked, transpose=stacked and leaf == "weight")
     return found
