@@ -10,7 +10,7 @@ OTHER_PYTHON ?= $(shell .ci/find-python --other-than $(BIN)/python 3.11 3.12)
 # What fails first where a Python or a JAX differs: starting, the command, and the bundled model from end to end.
 SMOKE ?= tests/test_imports.py tests/test_config.py tests/metrics tests/run tests/e2e
 
-.PHONY: demo test lint test-other-python aot clean
+.PHONY: demo test lint test-other-python aot aot-kernels aot-models clean
 
 demo: $(VENV)/installed-serve
 	mkdir -p out
@@ -30,10 +30,12 @@ test-other-python: $(VENV)/installed-test
 	$(OTHER_VENV)/bin/python -m pytest -n 2 --dist loadfile $(SMOKE) -p no:cacheprovider
 
 # The TPU and GPU compilers get an environment of their own: where they are installed, every JAX process looks for chips.
-aot:
+# ARGS of `make aot` are both scripts': none, or --quick.
+aot: aot-kernels aot-models
+
+aot-kernels aot-models:
 	$(MAKE) --no-print-directory $(AOT_VENV)/installed-aot VENV=$(AOT_VENV)
-	$(AOT_VENV)/bin/python scripts/aot.py $(ARGS)
-	$(AOT_VENV)/bin/python scripts/aot_models.py $(ARGS)
+	$(AOT_VENV)/bin/python scripts/$(if $(filter aot-models,$@),aot_models,aot).py $(ARGS)
 
 $(VENV)/installed-%: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer here; install one, or set PYTHON=/path/to/python" >&2; exit 2; }

@@ -22,6 +22,7 @@ from jaxinfer.cache.manager import KVCacheManager
 from jaxinfer.config import EngineConfig
 from jaxinfer.loading import LoadedModel, load_model
 from jaxinfer.metrics import EngineMetrics, EngineStats
+from jaxinfer.models.layout import check_layout
 from jaxinfer.models.model import Params
 from jaxinfer.outputs import RequestState
 from jaxinfer.plan import resolve
@@ -44,7 +45,10 @@ class Engine:
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel | None = None, mesh: Mesh | None = None) -> None:
         self.config = config
+        if loaded is not None and (mesh is not None or config.mesh is not None):
+            raise ValueError(f"mesh={mesh or config.mesh} is given, but the model is loaded already; load it onto that")
         self.loaded = loaded or load_model(config.model, mesh=mesh or config.mesh, dtype=config.dtype)
+        check_layout(self.loaded.config, self.loaded.mesh)
         self.plan = resolve(config, self.loaded.config, self.loaded.model.dtype, self.loaded.mesh)
         log.info("%s", self.plan.describe())
         self.metrics = EngineMetrics(self.plan.kv_cache_bytes)

@@ -66,6 +66,11 @@ class Plan:
         return num_shards(self.mesh)
 
     @property
+    def num_slots(self) -> int:
+        """Sequences that run at the same time, on all shards."""
+        return self.num_shards * self.max_num_seqs
+
+    @property
     def kv_cache_bytes(self) -> int:
         """Of all devices together."""
         return self.mesh.size * sum(pages * cost for pages, cost in zip(self.num_pages, self.page_bytes, strict=True))

@@ -167,7 +167,7 @@ def _batch(args: argparse.Namespace, open_engine: OpenEngine) -> int:
             return SOME_FAILED if results.num_failed else ALL_ANSWERED
         engine = _open(open_engine, config)
         results.begin()
-        settings = JobSettings(model_name, config.seed, sampling, max_in_flight=2 * engine.plan.max_num_seqs)
+        settings = JobSettings(model_name, config.seed, sampling, max_in_flight=2 * engine.plan.num_slots)
         job = Job(engine, source, results, settings)
         started = time.monotonic()
         try:

@@ -4,10 +4,10 @@
     python scripts/aot_models.py --cases 70B 405B
     python scripts/aot_models.py --quick            # one model on one slice
 
-Weights are shapes alone. For every model and mesh this prints one device's memory (weights by the compiled programs
-and by hand, the cache, scratch), the collectives of a whole step by kind, number and bytes, and what a step can not be
-faster than by the bytes it reads. It fails where weights differ from the hand count by 5 % or more, where a layer under
-tensor parallelism alone has other than two all-reduces or gathers anything, and where the cache is not updated in
+Weights are shapes alone. For every model and mesh this prints one device's memory (weights by the layout and by hand,
+the cache, scratch of a decode step), the collectives of a whole step by kind, number and bytes, and what a step can not
+be faster than by the bytes it reads. It fails where weights differ from the hand count by 5 % or more, where a layer
+under tensor parallelism alone has other than two all-reduces or gathers anything, and where the cache is not updated in
 place.
 """
 
@@ -192,7 +192,10 @@ def collectives(text: str) -> Counter[tuple[str, int]]:
 
 
 def compile_step(case: Case, config: dict[str, Any]) -> dict[str, Any]:
-    """The programs of one decode step, and what they say of themselves. AssertionError for what must not be."""
+    """The programs of one decode step, and what they say of themselves. AssertionError for what must not be.
+
+    Of the ends and the sampler only what they move and their scratch is read.
+    """
     _, model_config = resolve_family(config)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=case.slice).devices
     mesh = make_mesh(case.mesh, devices)
@@ -223,6 +226,7 @@ def compile_step(case: Case, config: dict[str, Any]) -> dict[str, Any]:
                 texts[id(program)] = collectives(program.as_text())
                 scratch = max(scratch, program.memory_analysis().temp_size_in_bytes)
                 check_pools(program, plan, segment.pools)
+                check_weights(program, layers[number])
                 check_collectives(texts[id(program)], mesh.shape, len(segment.layers))
             moved.update(texts[id(program)])
         for program in (programs.begin(layout), programs.end(layout), programs.sampler(case.tokens)):
@@ -239,6 +243,14 @@ def compile_step(case: Case, config: dict[str, Any]) -> dict[str, Any]:
         "scratch": scratch,
         "moved": moved,
     }
+
+
+def check_weights(program: Any, layers: Any) -> None:
+    """What the compiled program takes is no less than its device's part of the layers' weights, and not much more."""
+    weights = bytes_per_device(layers, jax.tree.map(lambda leaf: leaf.sharding, layers))
+    memory = program.memory_analysis()
+    taken = memory.argument_size_in_bytes - memory.alias_size_in_bytes
+    assert weights <= taken < 1.05 * weights + 2**24, f"arguments take {taken} B, the weights {weights} B"
 
 
 def check_pools(program: Any, plan: Plan, pools: tuple[int, ...]) -> None:

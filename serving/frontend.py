@@ -95,6 +95,7 @@ class Frontend:
         self.facts = ModelFacts(
             name=self.name,
             max_model_len=plan.max_model_len,
+            num_slots=plan.num_slots,
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             vocab_size=loaded.config.vocab_size,
@@ -107,9 +108,11 @@ class Frontend:
             # Another than the engine's, which its thread uses at any time.
             self.tokenizer = await self._in_executor(lambda: Tokenizer(loaded.directory))
         limits, facts = self.limits, self.facts
-        queued = 4 * facts.max_num_seqs if limits.max_queued_requests is None else limits.max_queued_requests
-        tokens = limits.max_queued_tokens or max(64 * facts.max_num_batched_tokens, 8 * facts.max_model_len)
-        self.admission.open(facts.max_num_seqs + queued, tokens)
+        queued = 4 * facts.num_slots if limits.max_queued_requests is None else limits.max_queued_requests
+        tokens = limits.max_queued_tokens or plan.num_shards * max(
+            64 * facts.max_num_batched_tokens, 8 * facts.max_model_len
+        )
+        self.admission.open(facts.num_slots + queued, tokens)
         self._set_health(True)
 
     async def drain(self, grace: float) -> bool:

@@ -17,7 +17,7 @@ SPARE_CONNECTIONS = 256
 class Limits:
     """Limits that keep one client from hurting the others. Times in seconds.
 
-    max_queued_requests  requests beyond those that can run at once; None is four times max_num_seqs
+    max_queued_requests  requests beyond those that can run at once; None is four times as many
     max_queued_tokens    prompt tokens that wait to be computed; None is 64 steps full of them, and at least
                          eight prompts of the greatest length
     max_n                completions of one request; None is max_num_seqs
@@ -66,10 +66,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the front ends know of the engine's model."""
+    """What the front ends know of the engine's model. num_slots: sequences that can run at the same time on all shards
+    of its mesh; max_num_seqs, max_num_batched_tokens and num_pages are those of one shard."""
 
     name: str
     max_model_len: int
+    num_slots: int
     max_num_seqs: int
     max_num_batched_tokens: int
     vocab_size: int

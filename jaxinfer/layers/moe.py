@@ -104,17 +104,36 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
         """x [T, D], weights and chosen experts [T, A] -> [T, D]."""
         num_experts, _, ffn_dim = self.gate.weight.shape
-        is_cut = num_experts < self.num_experts
-        if is_cut:
-            x, weights, chosen = (all_rows(rows, "experts") for rows in (x, weights, chosen))
-            chosen = chosen - place_on("experts") * num_experts
+        if num_experts < self.num_experts:
+            y = sum_own_rows(self._for_all(x, weights, chosen), "experts")
+        else:
+            rows, group_sizes = group_by_expert(chosen, num_experts)
+            y = combine(self.feed_forward(x[rows // chosen.shape[1]], group_sizes), rows, weights)
+        return sum_parts(y, "ffn") if ffn_dim < self.ffn_dim else y
+
+    def _for_all(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
+        """What this device's experts make of the rows of all devices that share the experts [all T, D].
+
+        They are taken in windows of as many as one device has choices: one or two of them where the experts are
+        chosen evenly, and what is kept beside the rows does not grow with the number of devices.
+        """
+        num_experts, num_active, window = self.gate.weight.shape[0], chosen.shape[1], chosen.size
+        x, weights, chosen = (all_rows(rows, "experts") for rows in (x, weights, chosen))
+        chosen = chosen - place_on("experts") * num_experts
         is_here = (chosen >= 0) & (chosen < num_experts)
         rows, group_sizes = group_by_expert(jnp.where(is_here, chosen, num_experts), num_experts)
-        y = self.feed_forward(x[rows // chosen.shape[1]], group_sizes)
-        y = combine(y, rows, jnp.where(is_here, weights, 0))
-        if is_cut:
-            y = sum_own_rows(y, "experts")
-        return sum_parts(y, "ffn") if ffn_dim < self.ffn_dim else y
+        ends = jnp.cumsum(group_sizes)
+
+        def add_window(number: jax.Array, y: jax.Array) -> jax.Array:
+            first = number * window
+            own = jax.lax.dynamic_slice_in_dim(rows, first, window)
+            sizes = jnp.clip(ends, first, first + window) - jnp.clip(ends - group_sizes, first, first + window)
+            part = self.feed_forward(x[own // num_active], sizes).astype(jnp.float32) * weights.reshape(-1)[own, None]
+            is_row = first + jnp.arange(window) < ends[-1]
+            return y.at[own // num_active].add(jnp.where(is_row[:, None], part, 0))
+
+        y = jax.lax.fori_loop(0, -(-ends[-1] // window), add_window, jnp.zeros(x.shape, jnp.float32))
+        return y.astype(x.dtype)
 
     def feed_forward(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """x [R, D], grouped by expert, group_sizes [E] -> [R, D]."""

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.sampling.groups import fold_sum, total_int
+from jaxinfer.sharding.spmd import any_row
 
 _LARGEST = 0x7F7F_FFFF  # bits of the largest finite float32
 
@@ -36,11 +37,11 @@ def survivors(
     Returns the distances with inf in place of the tokens filtered out.
     """
     largest = jnp.full_like(top_k, _LARGEST)
-    threshold = lax.cond(jnp.any(top_k > 0), lambda: _top_k_threshold(distances, top_k), lambda: largest)
+    threshold = lax.cond(any_row(top_k > 0), lambda: _top_k_threshold(distances, top_k), lambda: largest)
     # -log(min_p) is inf, so no limit, at 0.
     reach = jnp.minimum(-jnp.log(min_p), lax.bitcast_convert_type(threshold, jnp.float32))
     return lax.cond(
-        jnp.any((top_p < 1) | (typical_p < 1)),
+        any_row((top_p < 1) | (typical_p < 1)),
         lambda: _filter_by_mass(distances, reach, top_p, typical_p),
         lambda: _within(distances, reach),
     )
@@ -85,7 +86,7 @@ def _bisect(
         )
 
     start = (*bracket, jnp.zeros_like(target), reached)
-    return lax.while_loop(lambda carry: jnp.any(unsettled(carry)), step, start)[1]
+    return lax.while_loop(lambda carry: any_row(unsettled(carry)), step, start)[1]
 
 
 def _midpoint(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -118,12 +119,12 @@ def _top_k_threshold(distances: jax.Array, top_k: jax.Array) -> jax.Array:
 def _filter_by_mass(distances: jax.Array, reach: jax.Array, top_p: jax.Array, typical_p: jax.Array) -> jax.Array:
     weights = _fixed_point(_within(distances, reach))
     least = lax.cond(
-        jnp.any(top_p < 1), lambda: _top_p_threshold(weights, top_p), lambda: jnp.zeros(top_p.shape, jnp.int32)
+        any_row(top_p < 1), lambda: _top_p_threshold(weights, top_p), lambda: jnp.zeros(top_p.shape, jnp.int32)
     )
     nucleus = jnp.where(lax.expand_dims(top_p < 1, (1, 2)), weights >= lax.expand_dims(least, (1, 2)), True)
     distances = jnp.where(nucleus, _within(distances, reach), jnp.inf)
     return lax.cond(
-        jnp.any(typical_p < 1),
+        any_row(typical_p < 1),
         lambda: _typical(distances, jnp.where(nucleus, weights, 0), typical_p),
         lambda: distances,
     )

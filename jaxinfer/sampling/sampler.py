@@ -24,6 +24,7 @@ from jaxinfer.sampling.logprobs import TokenLogprobs, no_logprobs, score
 from jaxinfer.sampling.penalties import adjust
 from jaxinfer.sampling.rows import SamplingRows
 from jaxinfer.sampling.state import SamplerState
+from jaxinfer.sharding.spmd import any_row
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +52,7 @@ def sample(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple[
     invalid = ~jnp.isfinite(maximum)
     token_ids = jnp.where(invalid, 0, token_ids)
     logprobs = lax.cond(
-        jnp.any(rows.wants_logprobs), lambda: score(logits, token_ids), lambda: no_logprobs(*logits.shape)
+        any_row(rows.wants_logprobs), lambda: score(logits, token_ids), lambda: no_logprobs(*logits.shape)
     )
     width = groups.num_groups(logits.shape[1])
     counted = (rows.uses_dense_state & ~invalid).astype(jnp.int32)
@@ -67,7 +68,7 @@ def _choose(logits: jax.Array, state: SamplerState, rows: SamplingRows) -> tuple
     """Logits [S, G, W] -> (token ids [S], the rows' largest logits [S]). The branches differ in the work they skip."""
     random = rows.temperature > 0
     filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0) | (rows.typical_p < 1)
-    any_random, any_adjusted, any_filtered = jnp.any(random), jnp.any(rows.uses_dense_state), jnp.any(filtered)
+    any_random, any_adjusted, any_filtered = any_row(random), any_row(rows.uses_dense_state), any_row(filtered)
     num_contestants = logits.shape[1] + logits.shape[2]
     race = lax.cond(
         any_random,

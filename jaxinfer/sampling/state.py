@@ -47,11 +47,6 @@ def init_state(max_num_seqs: int, vocab_size: int) -> SamplerState:
     )
 
 
-def state_bytes(max_num_seqs: int, vocab_size: int) -> int:
-    """Bytes of `init_state(max_num_seqs, vocab_size)`, for the memory budget."""
-    return (max_num_seqs + 1) * (4 + 8 * groups.NUM_MEMBERS * groups.num_groups(vocab_size))
-
-
 def uses_dense_state(params: SamplingParams) -> bool:
     """Whether a request needs `admit`: it has a penalty, a bias, allowed or banned tokens, or min_tokens."""
     return bool(

@@ -73,6 +73,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._live: dict[str, list[Sequence]] = {}
         self._num_live = 0
+        self.num_live_tokens = 0  # of all sequences that have not ended, when they are as long as they may become
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._in_flight: deque[Schedule] = deque()
         self._num_added = 0
@@ -107,6 +108,7 @@ class Scheduler:
             max_tokens = sequence.params.max_tokens or max_model_len
             # The last output's own keys and values are never needed: one token more than the cache holds.
             sequence.max_total_tokens = min(num_prompt + max_tokens, max_model_len, self._capacity + 1)
+            self.num_live_tokens += sequence.max_total_tokens
         self._live[request_id] = list(samples)
         self._num_live += len(samples)
         first.followers = list(samples[1:])
@@ -135,6 +137,7 @@ class Scheduler:
         samples = self._live[sequence.request_id]
         samples.remove(sequence)
         self._num_live -= 1
+        self.num_live_tokens -= sequence.max_total_tokens
         if not samples:
             del self._live[sequence.request_id]
         for leader in samples:
@@ -182,16 +185,12 @@ class Scheduler:
         return len(self._live)
 
     @property
-    def num_live_tokens(self) -> int:
-        """Of all sequences that have not ended: what their pages hold or will hold, as far as is known."""
-        return sum(sequence.num_total_tokens for samples in self._live.values() for sequence in samples)
+    def num_free_slots(self) -> int:
+        """Slots that no sequence has or waits for; less than 0 where more wait."""
+        return self.config.max_num_seqs - self._num_live
 
     def is_live(self, request_id: str) -> bool:
         return request_id in self._live
-
-    @property
-    def num_steps_in_flight(self) -> int:
-        return len(self._in_flight)
 
     def has_unfinished(self) -> bool:
         return bool(self._live)
@@ -422,6 +421,7 @@ class Scheduler:
         live = [sequence for samples in self._live.values() for sequence in samples]
         running = [sequence for sequence in live if sequence.status is Status.RUNNING]
         assert self._num_live == len(live)
+        assert self.num_live_tokens == sum(sequence.max_total_tokens for sequence in live)
         assert sorted(self._running, key=lambda s: s.order) == self._running
         assert set(running) == set(self._running)
         assert sorted([s.slot for s in running] + self._free_slots) == list(range(self.config.max_num_seqs))

@@ -1,7 +1,8 @@
 """Several schedulers as one: data parallelism. Each shard of the mesh has pages, slots and a scheduler of its own.
 
-A request stays on the shard it is placed on. It goes where the least is left to do: the tokens that the shard holds or
-will hold, and those of the new prompt that its prefix cache does not have. Imports no jax.
+A request stays on the shard it is placed on when it is added: one with a free slot, where there is one, and of those
+the one with the least to do: the tokens of its sequences, when they are as long as they may become, less those of the
+new prompt that its prefix cache has. Priorities hold within a shard. Imports no jax.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class ShardedScheduler:
             if manager.enable_prefix_caching and not sequence.compute_all_prompt:
                 extend_page_hashes(sequence.page_hashes, sequence.token_ids, manager.page_size, sequence.cache_salt)
                 num_cached = manager.match_prefix(sequence.page_hashes, sequence.num_prompt_tokens)
-            loads.append(scheduler.num_live_tokens - num_cached)
+            loads.append((scheduler.num_free_slots <= 0, scheduler.num_live_tokens - num_cached))
         return loads.index(min(loads))
 
     def abort(self, request_id: str) -> list[Sequence]:

@@ -24,7 +24,6 @@ RULES: Mapping[str, str | None] = {
     "vocab": "tensor",
     "experts": "expert",
     "router": None,
-    "tokens": "data",
     "head_dim": None,
     "latent": None,
     "q_latent": None,
@@ -32,8 +31,6 @@ RULES: Mapping[str, str | None] = {
     "per_layer": None,
     "per_layer_dim": None,
     "one": None,
-    "layers": None,
-    "pages": None,
 }
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.sharding.mesh import AXES
@@ -89,6 +90,16 @@ def _has_shard_axis(spec: Any) -> bool:
 
 def _is_spec(leaf: Any) -> bool:
     return isinstance(leaf, PartitionSpec)
+
+
+def any_row(flags: jax.Array) -> jax.Array:
+    """Whether any flag is set: on this device, or inside `each_shard` on any shard, so that all take the same branch.
+
+    XLA may put exchanges among all devices into a branch, and waits for ever for those that did not take it.
+    """
+    any_here = jnp.any(flags)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return jax.lax.pmax(any_here, SHARDS) if set(SHARDS) <= set(manual) else any_here
 
 
 # On one device of a mesh, inside each_device:

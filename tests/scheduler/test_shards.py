@@ -53,7 +53,16 @@ def test_requests_go_where_least_is_left_to_do() -> None:
     for name, length in (("long", 12), ("short", 3), ("next", 5), ("last", 2)):
         scheduler.add(sequence(name, list(range(length))))
     placed = shards_of(scheduler, scheduler.schedule())
-    assert placed == {"long": 0, "short": 1, "next": 1, "last": 1}
+    assert placed == {"long": 0, "short": 1, "next": 1, "last": 0}
+
+
+def test_a_free_slot_comes_before_all_else() -> None:
+    scheduler = sharded()
+    scheduler.add(sequence("long", [1] * 8, max_tokens=50))
+    for number in range(5):
+        scheduler.add(sequence(f"short {number}", [number + 2] * 2, max_tokens=1))
+    placed = shards_of(scheduler, scheduler.schedule())
+    assert placed == {"long": 0, **{f"short {number}": 1 for number in range(4)}, "short 4": 0}
 
 
 def test_a_prefix_that_is_cached_outweighs_as_many_tokens() -> None:
@@ -64,7 +73,7 @@ def test_a_prefix_that_is_cached_outweighs_as_many_tokens() -> None:
     for _ in range(5):  # until only the first request is left
         commit(scheduler, scheduler.schedule())
     assert scheduler.num_running == 1
-    scheduler.add(sequence("third", [5] * 10))
+    scheduler.add(sequence("third", [5] * 10, max_tokens=40))
     scheduler.add(sequence("again", prompt))  # shard 1 has more to do, but less of this
     schedules = scheduler.schedule()
     assert shards_of(scheduler, schedules) == {"busy": 0, "third": 1, "again": 1}

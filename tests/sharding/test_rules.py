@@ -31,7 +31,6 @@ def mesh(**sizes: int) -> Any:
         (("vocab", "embed"), (32, 16), {"data": 4}, PartitionSpec()),
         (("experts", "embed", "ffn"), (8, 16, 4), {"expert": 8, "tensor": 2}, PartitionSpec("expert", None, "tensor")),
         ((None,), (7,), {"tensor": 2, "fsdp": 2}, PartitionSpec()),
-        (("layers", "pages", "tokens"), (3, 5, 8), {"data": 2}, PartitionSpec(None, None, "data")),
         ((), (), {"tensor": 2}, PartitionSpec()),
     ],
 )
