@@ -39,6 +39,18 @@ def load(directory: Path) -> tuple[Model, dict[str, Any]]:
         return model, load_params(reader, model.abstract_params, model.logical_axes, family, config)
 
 
+def test_a_score_bias_is_not_rounded() -> None:
+    """It alone is float32 in a bfloat16 model: near ties decide which experts are chosen."""
+    directory = next(path for path in GOLDENS if path.name == "deepseek_v3")
+    family, config = resolve(json.loads((directory / "config.json").read_text()))
+    model = Model(config, jnp.bfloat16)
+    with CheckpointReader(directory) as reader:
+        params = load_params(reader, model.abstract_params, model.logical_axes, family, config)
+    assert {path for path, leaf in by_path(params).items() if leaf.dtype != jnp.bfloat16} == {
+        f"layers/{index}/mlp/router/score_bias" for index, layer in enumerate(config.layers) if layer.experts
+    }
+
+
 def by_path(params: dict[str, Any]) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
