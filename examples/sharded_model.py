@@ -4,6 +4,8 @@ Without an accelerator the CPU pretends to be four devices. With accelerators, c
 """
 
 # %% What is needed
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,14 +102,14 @@ for prompt, ids in zip(prompts, np.asarray(sampled), strict=True):
     print("---\n" + prompt + tokenizer.decode(ids.tolist()))
 
 
-# %% Training: `forward` needs no cache and has gradients, which lie as the parameters do. Parameters are arguments, so
-# the same programs serve new ones.
+# %% Training: `forward` needs no cache and has gradients. Parameters are arguments: the same programs serve new ones,
+# which out_shardings lays out as the old ones are.
 def loss(params, tokens):
     logits = model.forward(params, tokens)[:, :-1]
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
 
 
-@jax.jit
+@partial(jax.jit, out_shardings=(None, model.shardings))
 def train(params, tokens):
     value, gradient = jax.value_and_grad(loss)(params, tokens)
     return value, jax.tree.map(lambda weight, slope: weight - 0.1 * slope, params, gradient)
