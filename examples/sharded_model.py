@@ -37,9 +37,8 @@ tokens, lengths = jax.device_put((tokens, lengths), model.sequence_sharding)
 
 # %% A cache: a pytree of pages, laid out on the mesh. `eval_shape` tells what one would take before there is one.
 abstract = jax.eval_shape(lambda: model.make_cache(1024, 1024))
-print(
-    f"1024 sequences of 1024 tokens would take {sum(leaf.nbytes for leaf in jax.tree.leaves(abstract)) / 2**30:.1f} GiB"
-)
+num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+print(f"a cache for 1024 sequences of 1024 tokens would take {num_bytes / 2**30:.1f} GiB")
 cache = model.make_cache(len(prompts), MAX_LEN)
 
 
@@ -67,8 +66,8 @@ for prompt, ids in zip(prompts, np.asarray(chosen), strict=True):
     print("---\n" + prompt + tokenizer.decode(ids.tolist()))
 
 
-# %% Sampling of one's own: min-p, until every sequence has ended or is full. A sequence that is given no token stays
-# as it is, so those that have ended wait for the others.
+# %% Sampling of one's own: min-p, until every sequence has ended or NEW_TOKENS are drawn. A sequence
+# that is given no token stays as it is, so those that have ended wait for the others.
 EOS = tokenizer.eos_token_id
 
 
@@ -82,11 +81,10 @@ def sample(params, cache, tokens, lengths, key, temperature, min_p):
 
     def step(state):
         count, running, logits, cache, output = state
-        probabilities = jax.nn.softmax(logits / temperature, axis=-1)
+        logits = logits / temperature
+        probabilities = jax.nn.softmax(logits, axis=-1)
         likely = probabilities >= min_p * probabilities.max(axis=-1, keepdims=True)
-        token = jax.random.categorical(
-            jax.random.fold_in(key, count), jnp.where(likely, logits / temperature, -jnp.inf)
-        )
+        token = jax.random.categorical(jax.random.fold_in(key, count), jnp.where(likely, logits, -jnp.inf))
         token = jnp.where(running, token, EOS)
         running &= token != EOS
         logits, cache = model.prefill(params, cache, token[:, None], running.astype(jnp.int32))
