@@ -70,7 +70,7 @@ def make_cache(
             f"num_sequences={num_sequences} is not a multiple of the {shards} shards of mesh {dict(mesh.shape)} "
             f"(data x fsdp x expert); use {-(-num_sequences // shards) * shards}"
         )
-    lengths = jax.ShapeDtypeStruct((num_sequences,), jnp.int32)
+    lengths: Any = jax.ShapeDtypeStruct((num_sequences,), jnp.int32)
     empty = KVCache((), lengths, max_len, min(max_prefill_len, max_len), page_size, attention_backend)
     pools = abstract_pools(_plan(model, mesh, empty), NamedSharding(mesh, PER_DEVICE))
     abstract = replace(empty, pools=pools)
