@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,9 +24,12 @@ from jaxinfer.models.fused import fuse, unfuse
 from jaxinfer.models.layout import check_layout, check_memory
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.registry import resolve as resolve_family
-from jaxinfer.plan import resolve_dtype
+from jaxinfer.plan import DEFAULT_PAGE_SIZE, resolve_dtype
+from jaxinfer.runner import functional
+from jaxinfer.runner.functional import KVCache
 from jaxinfer.sharding.mesh import make_mesh
 from jaxinfer.sharding.rules import param_shardings
+from jaxinfer.sharding.spmd import PER_SHARD
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +38,9 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """Parameters and the pure functions over them.
 
-    `params` is a plain nested dict of jax.Array, laid out by `shardings`. `forward(params, tokens)` may be called
-    inside the caller's own `jit` or `grad`.
+    `params` is a plain nested dict of jax.Array, laid out by `shardings`. `forward` may be called inside the caller's
+    own `jit` and `grad`, `prefill` and `decode` inside `jit`, with these parameters or others of their shapes.
+    examples/sharded_model.py shows all of it.
     """
 
     model: Model
@@ -53,6 +58,60 @@ class LoadedModel:
     def forward(self, params: Params, tokens: jax.Array) -> jax.Array:
         """tokens int32 [T] or [batch, T] -> float32 logits [..., T, V]; pure."""
         return self.model.forward(params, tokens)
+
+    def make_cache(
+        self,
+        num_sequences: int,
+        max_len: int,
+        *,
+        max_prefill_len: int | None = None,
+        page_size: int = DEFAULT_PAGE_SIZE,
+        attention_backend: str | None = None,
+    ) -> KVCache:
+        """An empty cache for `num_sequences` sequences of at most `max_len` tokens, laid out on the mesh.
+
+        num_sequences: a multiple of the mesh's shards (data x fsdp x expert), which get equal parts. max_prefill_len:
+        the most tokens that one `prefill` gives a sequence (None: max_len); layers with a window keep their window and
+        so many tokens, no more. page_size: tokens in a page. attention_backend: None takes the best that serves the
+        model. Pure: `jax.eval_shape` tells what a cache would take. ValueError for what this model or mesh can not do.
+        """
+        return functional.make_cache(
+            self.model,
+            self.mesh,
+            num_sequences,
+            max_len,
+            max_prefill_len=max_prefill_len,
+            page_size=page_size,
+            attention_backend=attention_backend,
+        )
+
+    def prefill(
+        self, params: Params, cache: KVCache, tokens: jax.Array, lengths: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """The next tokens of every sequence -> float32 logits [S, V] after its last one, and the longer cache; pure.
+
+        tokens int32 [S, T], padded on the right; lengths int32 [S]: how many of a row are its sequence's. Several calls
+        append to each other. A sequence stays as it was, and its logits are NaN, where its length is 0, more than T, or
+        more than max_len leaves room for. Donate the cache, or it is copied. Rope scalings that depend on the length
+        (dynamic, longrope) are those of max_len.
+        """
+        return functional.extend(self.model, self.mesh, params, cache, jnp.asarray(tokens), jnp.asarray(lengths))
+
+    def decode(self, params: Params, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
+        """`prefill` of one token for every sequence: tokens int32 [S]."""
+        tokens = jnp.asarray(tokens)
+        if tokens.ndim != 1:
+            raise ValueError(f"tokens has shape {tokens.shape}; give [S], a token for each sequence")
+        return self.prefill(params, cache, tokens[:, None], jnp.ones(tokens.shape, jnp.int32))
+
+    def cache_shardings(self, cache: KVCache) -> KVCache:
+        """The NamedSharding of every array of the cache, in its own structure."""
+        return functional.cache_shardings(self.mesh, cache)
+
+    @cached_property
+    def sequence_sharding(self) -> NamedSharding:
+        """Of arrays whose first axis is sequences: tokens, lengths, whatever goes with them."""
+        return NamedSharding(self.mesh, PER_SHARD)
 
     @cached_property
     def shardings(self) -> Params:

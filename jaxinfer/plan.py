@@ -118,11 +118,7 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
     platform = mesh.devices.flat[0].platform
     on_cpu = platform == "cpu"
     max_model_len = config.max_model_len or model.max_position
-    if model.learned_positions and max_model_len > model.max_position:
-        raise ValueError(
-            f"max_model_len={max_model_len} is more than the {model.max_position} positions this model has learned; "
-            f"use at most {model.max_position}"
-        )
+    _check_positions("max_model_len", max_model_len, model)
     max_num_seqs = config.max_num_seqs or (32 if on_cpu else 256)
     max_num_batched_tokens = max(config.max_num_batched_tokens or (512 if on_cpu else 2048), max_num_seqs)
     page_size = config.page_size or DEFAULT_PAGE_SIZE
@@ -150,6 +146,49 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
     )
+
+
+def resolve_fixed(
+    model: ModelConfig,
+    dtype: np.dtype,
+    mesh: Mesh,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+    max_chunk: int,
+    page_size: int,
+    attention_backend: str | None,
+) -> Plan:
+    """The plan of a batch that is never scheduled: every one of a shard's max_num_seqs sequences has all the pages it
+    can come to need, and there are no buckets. max_chunk: the most tokens that one step gives a sequence."""
+    _check_positions("max_len", max_model_len, model)
+    groups = kv_groups(model)
+    widths = tuple(group.table_width(max_model_len, max_chunk, page_size) for group in groups)
+    return Plan(
+        model=model,
+        dtype=dtype,
+        mesh=mesh,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs * max_chunk,
+        page_size=page_size,
+        groups=groups,
+        table_widths=widths,
+        num_pages=tuple(max_num_seqs * width + 1 for width in widths),
+        layers=_layer_plans(model, groups, page_size, dtype, mesh, attention_backend),
+        token_buckets=(),
+        sequence_buckets=(),
+        enable_prefix_caching=False,
+        seed=0,
+    )
+
+
+def _check_positions(name: str, max_len: int, model: ModelConfig) -> None:
+    if model.learned_positions and max_len > model.max_position:
+        raise ValueError(
+            f"{name}={max_len} is more than the {model.max_position} positions this model has learned; "
+            f"use at most {model.max_position}"
+        )
 
 
 def buckets(largest: int) -> tuple[int, ...]:

@@ -142,7 +142,8 @@ class Model:
         """
         if tokens.ndim == 2:
             one: Callable[[jax.Array], jax.Array] = lambda row: self.forward(params, row, context_len)  # noqa: E731
-            return jax.vmap(one)(tokens)
+            with_experts = any(layer.experts is not None for layer in self.config.layers)
+            return jax.lax.map(one, tokens) if with_experts else jax.vmap(one)(tokens)  # ragged_dot has no vmap
         if tokens.ndim != 1:
             raise ValueError(f"tokens has shape {tokens.shape}; give [T] or [batch, T]")
         length = tokens.shape[0]
