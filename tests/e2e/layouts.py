@@ -12,6 +12,21 @@ import pytest
 SIZES = {"max_model_len": 64, "page_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16, "num_pages": 20}
 
 
+def mixed() -> list[Any]:
+    """Sampling parameters of every sort, so that shards differ in what they need of a step."""
+    from jaxinfer.types import SamplingParams
+    from tests.e2e.harness import greedy
+
+    return [
+        SamplingParams(temperature=0.8, top_k=7, top_p=0.9, max_tokens=8, seed=5, logprobs=3, ignore_eos=True),
+        greedy(8, prompt_logprobs=2, logprobs=1),
+        SamplingParams(temperature=1.0, n=3, max_tokens=8, seed=9, ignore_eos=True, repetition_penalty=1.3),
+        greedy(8, logit_bias={7: 50.0}, min_tokens=3),
+        greedy(8, allowed_token_ids=[5, 6, 7, 50, 80]),
+        SamplingParams(temperature=1.2, typical_p=0.8, min_p=0.02, max_tokens=8, seed=2, ignore_eos=True),
+    ]
+
+
 def main(arguments: str) -> None:
     from jaxinfer.config import EngineConfig
     from jaxinfer.engine import Engine
@@ -28,12 +43,13 @@ def main(arguments: str) -> None:
             prompts = random_prompts(11, 30, 15, 7, 38, 12, 33)
             names = [add_to(engine, prompt, greedy(24)) for prompt in prompts]
             outputs = finish(engine)
-            names += [add_to(engine, prompt, greedy(8)) for prompt in reversed(prompts)]
+            # Pages of the last ones are there still, and now every request wants something else of the sampler.
+            names += [add_to(engine, prompt, own) for prompt, own in zip(reversed(prompts), mixed(), strict=True)]
             outputs |= finish(engine)
             stats = engine.stats()
             answers.append(
                 {
-                    "tokens": [outputs[name].outputs[0].token_ids for name in names],
+                    "tokens": [[sample.token_ids for sample in outputs[name].outputs] for name in names],
                     "devices": engine.plan.mesh.size,
                     "preemptions": stats.num_preemptions,
                     "hits": engine.scheduler.stats().prefix_hit_tokens,
