@@ -44,7 +44,7 @@ class FakeEngine:
     ) -> None:
         """fails: requests whose prompt has this text end in an error."""
         self._has_tokenizer = has_tokenizer
-        self.plan = SimpleNamespace(max_num_seqs=config.max_num_seqs or 4)
+        self.plan = SimpleNamespace(num_slots=config.max_num_seqs or 4)
         self.requests: dict[str, tuple[Request, RequestOutput, list[list[int]]]] = {}
         self.most_in_flight = 0
         self._metrics = EngineMetrics(kv_cache_bytes=1 << 20)
@@ -90,7 +90,7 @@ class FakeEngine:
 
     def step(self) -> list[RequestOutput]:
         time.sleep(self._step_seconds)
-        return [self._advance(name) for name in list(self.requests)[: self.plan.max_num_seqs]]
+        return [self._advance(name) for name in list(self.requests)[: self.plan.num_slots]]
 
     def _advance(self, name: str) -> RequestOutput:
         request, output, futures = self.requests[name]
