@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.sharding.mesh import AXES
 from jaxinfer.sharding.rules import STORED_APART, mesh_axes
@@ -26,7 +26,7 @@ PER_SHARD = PartitionSpec(SHARDS)
 PER_DEVICE = PartitionSpec(AXES)
 
 
-def num_shards(mesh: Mesh) -> int:
+def num_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in SHARDS)
 
 
@@ -98,8 +98,9 @@ def any_row(flags: jax.Array) -> jax.Array:
     XLA may put exchanges among all devices into a branch, and waits for ever for those that did not take it.
     """
     any_here = jnp.any(flags)
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return jax.lax.pmax(any_here, SHARDS) if set(SHARDS) <= set(manual) else any_here
+    mesh = jax.sharding.get_abstract_mesh()
+    several = set(SHARDS) <= set(mesh.manual_axes) and num_shards(mesh) > 1  # XLA's CPU compiler keeps those of one
+    return jax.lax.pmax(any_here, SHARDS) if several else any_here
 
 
 # On one device of a mesh, inside each_device:

@@ -140,6 +140,17 @@ def test_failed_step_is_retried_or_told(llm: LLM, monkeypatch: pytest.MonkeyPatc
     run(scenario())
 
 
+async def _fail_one_that_has_begun(client: AsyncClient, brake: Brake) -> None:
+    """Nothing else runs, and nothing is left to retry."""
+    begun = client._inference.GenerateStream(make_request("begun", max_tokens=50, ignore_eos=True))
+    brake.let(4)
+    assert (await begun.read()).sequences
+    await brake.held_after(4)
+    brake.fail = 1
+    brake.let(1)
+    await refused(_read_all(begun), "INTERNAL")
+
+
 @pytest.mark.parametrize("errors_expected", [True])
 def test_an_idle_server_proves_itself_well_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The only request had begun, so nothing is left to retry; health comes back without one."""
@@ -147,13 +158,7 @@ def test_an_idle_server_proves_itself_well_again(engine: Engine, monkeypatch: py
     async def scenario() -> None:
         brake = Brake(engine, monkeypatch)
         async with connected(engine) as (server, client):
-            begun = client._inference.GenerateStream(make_request("begun", max_tokens=50, ignore_eos=True))
-            brake.let(4)
-            assert (await begun.read()).sequences
-            await brake.held_after(4)
-            brake.fail = 1
-            brake.let(1)
-            await refused(_read_all(begun), "INTERNAL")
+            await _fail_one_that_has_begun(client, brake)
             assert not await client.is_serving()
             brake.release()
             await until(lambda: server.frontend.healthy)
@@ -170,13 +175,7 @@ def test_a_server_stopped_before_it_is_well_again_leaves_nothing(
     async def scenario() -> None:
         brake = Brake(engine, monkeypatch)
         async with connected(engine) as (server, client):
-            begun = client._inference.GenerateStream(make_request("begun", max_tokens=50, ignore_eos=True))
-            brake.let(4)
-            assert (await begun.read()).sequences
-            await brake.held_after(4)
-            brake.fail = 1
-            brake.let(1)
-            await refused(_read_all(begun), "INTERNAL")
+            await _fail_one_that_has_begun(client, brake)
             await until(lambda: brake.is_holding)
             # The probe waits for its step; the stop is read before it is over.
             server.frontend.engine._commands.put(server.frontend.engine._stop)
