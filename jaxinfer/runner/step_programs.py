@@ -23,14 +23,12 @@ from jaxinfer.runner import step
 from jaxinfer.runner.batch import BatchLayout
 from jaxinfer.runner.programs import Programs
 from jaxinfer.runner.segments import segments
+from jaxinfer.runner.step_plan import SCORED_ROWS
 from jaxinfer.sampling.logprobs import score
 from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingRows
 from jaxinfer.sampling.sampler import SampleOutput, sample
 from jaxinfer.sampling.state import SamplerState, admit, init_state
 from jaxinfer.sharding.spmd import PER_DEVICE, PER_SHARD, SHARDS, each_device, each_shard, shardings, specs
-
-# Prompt positions whose log-probabilities one program computes; their logits take this many rows of the vocabulary.
-SCORED_ROWS = 32
 
 
 class StepPrograms:

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ from jaxinfer.metrics.table import format_bytes, format_seconds
 from jaxinfer.models.config import LayerConfig, ModelConfig, RopeConfig
 from jaxinfer.models.model import Model
 from jaxinfer.plan import Plan, resolve
-from jaxinfer.runner.runner import PendingStep
-from jaxinfer.scheduler.schedule import Schedule, SchedulerConfig
+from jaxinfer.runner.runner import SentStep
+from jaxinfer.runner.step_plan import StepPlan
+from jaxinfer.scheduler.schedule import SchedulerConfig
 from jaxinfer.scheduler.scheduler import Scheduler
 from jaxinfer.scheduler.sequence import Sequence
 from jaxinfer.sharding.mesh import make_mesh
@@ -112,15 +113,13 @@ class DeviceOnly:
 
     def __init__(self, engine: Engine) -> None:
         self.runner = engine.runner
-        self._execute = engine.runner.execute
-        self._last: tuple[Any, ...] | None = None
-        engine.runner.execute = self._remember  # type: ignore[method-assign]
+        self._send = engine.runner.send
+        self._last: StepPlan | None = None
+        engine.runner.send = self._remember  # type: ignore[method-assign]
 
-    def _remember(self, schedules: Several[Schedule], tables: Several[Several[np.ndarray]]) -> PendingStep:
-        runner = self.runner
-        words = runner._sampling_words(schedules)
-        self._last = *runner._pack(schedules, tables), runner._programs.sampler(words.shape[1]), words
-        return self._execute(schedules, tables)
+    def _remember(self, step: StepPlan) -> SentStep:
+        self._last = replace(step, admissions=(), copies=(), scores=())
+        return self._send(step)
 
     def wait(self) -> None:
         """Until all that was sent is computed."""
@@ -133,17 +132,14 @@ class DeviceOnly:
         the device computes, and on few cores that slows the device.
         """
         assert self._last is not None
-        layout, buffer, sampler, words = self._last
-        runner = self.runner
         self.wait()
         started = time.perf_counter()
         previous = None
         for _ in range(count):
-            _, hidden = runner._run_model(layout, buffer)
-            sampled, runner._state = sampler(runner._ends, runner._state, hidden, words)
+            sent = self._send(self._last).sampled
             if previous is not None:
                 previous.token_ids.block_until_ready()
-            previous = sampled
+            previous = sent
         self.wait()
         return (time.perf_counter() - started) / count
 
