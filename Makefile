@@ -35,7 +35,7 @@ aot: aot-kernels aot-models
 
 aot-kernels aot-models:
 	$(MAKE) --no-print-directory $(AOT_VENV)/installed-aot VENV=$(AOT_VENV)
-	$(AOT_VENV)/bin/python scripts/$(if $(filter aot-models,$@),aot_models,aot).py $(ARGS)
+	$(AOT_VENV)/bin/python scripts/$(if $(filter aot-models,$@),aot_models,aot.py) $(ARGS)
 
 $(VENV)/installed-%: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer here; install one, or set PYTHON=/path/to/python" >&2; exit 2; }

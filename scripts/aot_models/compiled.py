@@ -1,0 +1,172 @@
+"""The real step of a large model, compiled for a TPU slice that is not there: what its programs say of themselves."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from published import MODELS, moved_bytes, weight_bytes
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.metrics import EngineMetrics
+from jaxinfer.models.layout import bytes_per_device, check_layout
+from jaxinfer.models.model import Model
+from jaxinfer.models.registry import resolve as resolve_family
+from jaxinfer.plan import Plan, resolve
+from jaxinfer.runner.programs import Programs
+from jaxinfer.runner.segments import segments
+from jaxinfer.runner.step_programs import StepPrograms
+from jaxinfer.sharding.mesh import make_mesh
+from jaxinfer.sharding.rules import param_shardings
+
+DTYPE_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
+
+Moved = Counter[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a slice, and a step of one shard: tokens of up to num_seqs sequences of at most max_len each.
+
+    By default it is a decode of 64 sequences.
+    """
+
+    model: str
+    slice: str
+    mesh: str
+    tokens: int = 64
+    num_seqs: int = 64
+    max_len: int = 8192
+    num_pages: int = 2048
+
+    def __str__(self) -> str:
+        return f"{self.model:<16} {self.slice:<11} {self.mesh:<24}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one device, in bytes. moved: how often a step has each (kind of collective, bytes of its result)."""
+
+    devices: int
+    weights: int
+    weights_by_hand: float
+    cache: int
+    scratch: int
+    moved: Moved
+    moved_in_layers: int
+    moved_by_hand: float
+
+
+def collectives(text: str) -> Moved:
+    """How often a compiled program has each (kind, bytes of the result)."""
+    found = Moved()
+    for match in re.finditer(rf"= (\([^=]*?\)|\S+) ({KINDS})(?:-start)?\(", text):
+        sizes = [
+            DTYPE_BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
+            for dtype, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", match[1])
+            if dtype in DTYPE_BYTES
+        ]
+        found[match[2], max(sizes)] += 1
+    return found
+
+
+def compile_step(case: Case) -> Found:
+    """Compile the programs of one step. AssertionError for what must not be.
+
+    Of the ends and the sampler only what they move and their scratch is read.
+    """
+    config = MODELS[case.model]
+    _, model_config = resolve_family(config)
+    mesh = make_mesh(case.mesh, topologies.get_topology_desc(platform="tpu", topology_name=case.slice).devices)
+    check_layout(model_config, mesh)
+    model = Model(model_config, jnp.bfloat16)
+    placed = param_shardings(model.abstract_params, model.logical_axes, mesh)
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        model.abstract_params,
+        placed,
+    )
+    engine = EngineConfig(
+        "abstract",
+        max_model_len=case.max_len,
+        max_num_seqs=case.num_seqs,
+        max_num_batched_tokens=case.tokens,
+        num_pages=case.num_pages,
+        compilation_cache_dir=False,
+    )
+    plan = resolve(engine, model_config, jnp.dtype("bfloat16"), mesh)
+    ends = {name: value for name, value in params.items() if name != "layers"}
+    cut = segments(plan)
+    layers = tuple(tuple(params["layers"][str(index)] for index in segment.layers) for segment in cut)
+    programs = StepPrograms(model, plan, ends, layers, Programs(EngineMetrics(), None))
+    layout = programs.layout(case.tokens)
+    in_layers, at_ends = Moved(), Moved()
+    scratch = 0
+    with jax.set_mesh(mesh):
+        seen: dict[int, Moved] = {}
+        for number, segment in enumerate(cut):
+            program = programs.layers(layout, number)
+            if id(program) not in seen:
+                seen[id(program)] = collectives(program.as_text())
+                scratch = max(scratch, program.memory_analysis().temp_size_in_bytes)
+                check_pools(program, plan, segment.pools)
+                check_weights(program, layers[number])
+                check_collectives(seen[id(program)], mesh.shape, len(segment.layers))
+            in_layers.update(seen[id(program)])
+        for program in (programs.begin(layout), programs.end(layout), programs.sampler(case.num_seqs)):
+            at_ends.update(collectives(program.as_text()))
+            scratch = max(scratch, program.memory_analysis().temp_size_in_bytes)
+    weights = bytes_per_device(model.abstract_params, placed)
+    by_hand = weight_bytes(config, mesh.shape)
+    assert abs(weights / by_hand - 1) < 0.05, f"weights {weights} B, by hand {by_hand:.0f} B"
+    return Found(
+        devices=mesh.size,
+        weights=weights,
+        weights_by_hand=by_hand,
+        cache=plan.kv_cache_bytes // mesh.size,
+        scratch=scratch,
+        moved=in_layers + at_ends,
+        moved_in_layers=sum(size * count for (_, size), count in in_layers.items()),
+        moved_by_hand=moved_bytes(config, mesh.shape, case.tokens),
+    )
+
+
+def check_weights(program: Any, layers: Any) -> None:
+    """What the compiled program takes is no less than its device's part of the layers' weights, and not much more."""
+    weights = bytes_per_device(layers, jax.tree.map(lambda leaf: leaf.sharding, layers))
+    memory = program.memory_analysis()
+    taken = memory.argument_size_in_bytes - memory.alias_size_in_bytes
+    assert weights <= taken < 1.05 * weights + 2**24, f"arguments take {taken} B, the weights {weights} B"
+
+
+def check_pools(program: Any, plan: Plan, pools: tuple[int, ...]) -> None:
+    """The segment's pools are updated where they are: what is aliased is them and the residual stream."""
+    costs = {layer.pool: math.prod(layer.backend.pool_shape(layer.case, 1)) for layer in plan.layers}
+    groups = {layer.pool: layer.group for layer in plan.layers}
+    size = sum(2 * costs[pool] * plan.num_pages[groups[pool]] for pool in pools)
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= size, f"{memory.alias_size_in_bytes} B aliased, the pools have {size} B"
+
+
+def check_collectives(found: Moved, sizes: Mapping[str, int], num_layers: int) -> None:
+    """Two all-reduces a layer under tensor parallelism; nothing else but under fsdp (weights) and expert (rows).
+
+    Gathers and scatters of those two XLA makes all-reduces of where it takes them for faster.
+    """
+    number = Counter[str]()
+    for (kind, _), count in found.items():
+        number[kind] += count
+    expected = 2 * num_layers if sizes["tensor"] > 1 else 0
+    if sizes["fsdp"] > 1 or sizes["expert"] > 1:
+        assert number["all-reduce"] >= expected, f"{number['all-reduce']} all-reduces, expected {expected} or more"
+    else:
+        assert number["all-reduce"] == expected, f"{number['all-reduce']} all-reduces, expected {expected}"
+        assert number["all-gather"] == 0, f"{number['all-gather']} all-gathers"
