@@ -15,6 +15,7 @@ from jaxinfer.layers.mlp import ACTIVATIONS, MLP
 from jaxinfer.layers.parameters import Parameters
 from jaxinfer.models.config import ExpertsConfig, LayerConfig, ModelConfig
 from jaxinfer.ops.grouped_matmul import grouped_matmul
+from jaxinfer.sharding.exchange import on_owners
 from jaxinfer.sharding.spmd import all_rows, place_on, sum_own_rows, sum_parts
 
 
@@ -87,8 +88,9 @@ def _in_best_groups(config: ExpertsConfig, ranked: jax.Array) -> jax.Array:
 class Experts(nnx.Module):
     """The experts' gated feed-forwards, stacked: gate and up [E, D, F], down [E, F, D].
 
-    Where the experts at hand are one device's, it takes the rows of all devices that have others, and each gets back
-    the sum for its own rows; where they are parts of the width, the parts are summed.
+    Where the experts at hand are one device's, a row is sent to those that have the experts chosen for it; with fewer
+    devices than choices less is moved if each takes the rows of all, and each gets back the sum for its own rows.
+    Where they are parts of the width, the parts are summed.
     """
 
     def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig) -> None:
@@ -104,12 +106,35 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
         """x [T, D], weights and chosen experts [T, A] -> [T, D]."""
         num_experts, _, ffn_dim = self.gate.weight.shape
-        if num_experts < self.num_experts:
+        num_devices = self.num_experts // num_experts
+        if num_devices > chosen.shape[1]:
+            y = self._elsewhere(x, weights, chosen)
+        elif num_devices > 1:
             y = sum_own_rows(self._for_all(x, weights, chosen), "experts")
         else:
             rows, group_sizes = group_by_expert(chosen, num_experts)
             y = combine(self.feed_forward(x[rows // chosen.shape[1]], group_sizes), rows, weights)
         return sum_parts(y, "ffn") if ffn_dim < self.ffn_dim else y
+
+    def _elsewhere(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
+        """Every choice's row is sent to the device that has the expert, and what that makes of it comes back."""
+        num_experts = self.gate.weight.shape[0]
+        rows, group_sizes = group_by_expert(chosen, self.num_experts)
+
+        def work(given: jax.Array, experts: jax.Array) -> jax.Array:
+            order, sizes = group_by_expert(experts[:, None], num_experts)
+            return jnp.zeros_like(given).at[order].set(self.feed_forward(given[order], sizes))
+
+        y = on_owners(
+            work,
+            x,
+            rows // chosen.shape[1],
+            chosen.reshape(-1)[rows] % num_experts,
+            group_sizes.reshape(-1, num_experts).sum(1),
+            no_label=num_experts,
+            axis="experts",
+        )
+        return combine(y, rows, weights)
 
     def _for_all(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
         """What this device's experts make of the rows of all devices that share the experts [all T, D].
