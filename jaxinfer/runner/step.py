@@ -19,7 +19,7 @@ from jaxinfer.ops.paged_attention import AttentionCase, Backend
 from jaxinfer.plan import Plan
 from jaxinfer.runner.batch import BatchLayout, DeviceBatch
 from jaxinfer.runner.segments import Segment, attention_kinds
-from jaxinfer.sharding.spmd import gather_stored
+from jaxinfer.sharding.spmd import gather_after, gather_stored
 
 
 def begin(
@@ -57,9 +57,11 @@ def run_layers(
     layers, pools, per_layer, prepared: those of the segment, in its order.
     """
     attend = _paged_attend(plan, segment, layout.unpack(buffer), prepared)
+    following = gather_stored(layers[0], cuts[0])
     for place, index in enumerate(segment.layers):
-        own = per_layer[place] if per_layer else None
-        params = gather_stored(layers[place], cuts[place])
+        own, params = per_layer[place] if per_layer else None, following
+        if place + 1 < len(layers):
+            x, following = gather_after(x, layers[place + 1], cuts[place + 1])
         x, pools = model.layer(index, params, x, rotations, own, attend, pools)
     return x, pools
 

@@ -28,7 +28,16 @@ from jaxinfer.sampling.logprobs import score
 from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingRows
 from jaxinfer.sampling.sampler import SampleOutput, sample
 from jaxinfer.sampling.state import SamplerState, admit, init_state
-from jaxinfer.sharding.spmd import PER_DEVICE, PER_SHARD, SHARDS, each_device, each_shard, shardings, specs
+from jaxinfer.sharding.spmd import (
+    PER_DEVICE,
+    PER_SHARD,
+    SHARDS,
+    each_device,
+    each_shard,
+    gather_options,
+    shardings,
+    specs,
+)
 
 
 class StepPrograms:
@@ -117,7 +126,7 @@ class StepPrograms:
                 self._buffer(layout),
             )
 
-        options = self._options(layout.num_tokens, with_attention=True)
+        options = self._options(layout.num_tokens, with_attention=True) | gather_options(self._plan.mesh)
         return self._programs.get(("layers", layout.num_tokens, number), lower, options)
 
     def end(self, layout: BatchLayout) -> Any:

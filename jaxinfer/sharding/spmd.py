@@ -30,6 +30,18 @@ def num_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in SHARDS)
 
 
+# TPUs whose SparseCores gather while the TensorCore computes, when they are asked to.
+_GATHERING = ("TPU v6 lite", "TPU7x")
+
+
+def gather_options(mesh: Mesh) -> dict[str, str]:
+    """XLA's options for a program that gathers parameters, so that it computes meanwhile."""
+    is_gathering = any(mesh.shape[axis] > 1 for axis in STORED_APART)
+    if is_gathering and mesh.devices.flat[0].device_kind in _GATHERING:
+        return {"xla_tpu_enable_sparse_core_collective_offload_all_gather": "true"}
+    return {}
+
+
 def specs(arrays: Any) -> Any:
     """How arrays are cut, in their own structure; one that lies on a single device is whole."""
 
@@ -116,6 +128,14 @@ def gather_stored(params: Any, cuts: Any) -> Any:
         return part
 
     return jax.tree.map(whole, cuts, params, is_leaf=_is_spec)
+
+
+def gather_after(x: jax.Array, params: Any, cuts: Any) -> tuple[jax.Array, Any]:
+    """x, and `gather_stored(params, cuts)` begun no sooner than x is there: while a layer works on x the next one's
+    parameters are gathered, and never more than that one's."""
+    if any(axis in STORED_APART for spec in jax.tree.leaves(cuts, is_leaf=_is_spec) for axis in spec):
+        x, params = jax.lax.optimization_barrier((x, params))
+    return x, gather_stored(params, cuts)
 
 
 def sum_parts(x: jax.Array, *axes: str) -> jax.Array:

@@ -53,13 +53,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """Of one device, in bytes. moved: how often a step has each (kind of collective, bytes of its result)."""
+    """Of one device, in bytes.
+
+    estimate: seconds of a step by the compiler's own cost model, without what it knows no cost of: Pallas kernels.
+    moved: how often a step has each (kind of collective, bytes of its result).
+    """
 
     devices: int
     weights: int
     weights_by_hand: float
     cache: int
     scratch: int
+    estimate: float
     moved: Moved
     moved_in_layers: int
     moved_by_hand: float
@@ -109,7 +114,7 @@ def compile_step(case: Case) -> Found:
     programs = StepPrograms(model, plan, ends, layers, Programs(EngineMetrics(), None))
     layout = programs.layout(case.tokens)
     in_layers, at_ends = Moved(), Moved()
-    scratch = 0
+    scratch, estimate = 0, 0.0
     with jax.set_mesh(mesh):
         seen: dict[int, Moved] = {}
         for number, segment in enumerate(cut):
@@ -119,11 +124,14 @@ def compile_step(case: Case) -> Found:
                 scratch = max(scratch, program.memory_analysis().temp_size_in_bytes)
                 check_pools(program, plan, segment.pools)
                 check_weights(program, layers[number])
+                check_gathered(program, layers[number], mesh.shape["fsdp"])
                 check_collectives(seen[id(program)], mesh.shape, len(segment.layers))
             in_layers.update(seen[id(program)])
+            estimate += estimated_seconds(program)
         for program in (programs.begin(layout), programs.end(layout), programs.sampler(case.num_seqs)):
             at_ends.update(collectives(program.as_text()))
             scratch = max(scratch, program.memory_analysis().temp_size_in_bytes)
+            estimate += estimated_seconds(program)
     weights = bytes_per_device(model.abstract_params, placed)
     by_hand = weight_bytes(config, mesh.shape)
     assert abs(weights / by_hand - 1) < 0.05, f"weights {weights} B, by hand {by_hand:.0f} B"
@@ -133,10 +141,17 @@ def compile_step(case: Case) -> Found:
         weights_by_hand=by_hand,
         cache=plan.kv_cache_bytes // mesh.size,
         scratch=scratch,
+        estimate=estimate,
         moved=in_layers + at_ends,
         moved_in_layers=sum(size * count for (_, size), count in in_layers.items()),
         moved_by_hand=moved_bytes(config, mesh.shape, case.tokens),
     )
+
+
+def estimated_seconds(program: Any) -> float:
+    """The compiler's estimate of a program that takes less than a second; XLA counts -1 for what it has no idea of."""
+    seconds = program.cost_analysis()["optimal_seconds"]
+    return seconds - math.floor(seconds)
 
 
 def check_weights(program: Any, layers: Any) -> None:
@@ -145,6 +160,14 @@ def check_weights(program: Any, layers: Any) -> None:
     memory = program.memory_analysis()
     taken = memory.argument_size_in_bytes - memory.alias_size_in_bytes
     assert weights <= taken < 1.05 * weights + 2**24, f"arguments take {taken} B, the weights {weights} B"
+
+
+def check_gathered(program: Any, layers: Any, fsdp: int) -> None:
+    """Of the matrices that devices keep parts of, no more than two layers' are whole at a time."""
+    if fsdp > 1:
+        layer = max(bytes_per_device(own, jax.tree.map(lambda leaf: leaf.sharding, own)) for own in layers) * fsdp
+        scratch = program.memory_analysis().temp_size_in_bytes
+        assert scratch < 2 * layer + 2**27, f"{scratch} B of scratch, a layer's parameters have {layer} B"
 
 
 def check_pools(program: Any, plan: Plan, pools: tuple[int, ...]) -> None:

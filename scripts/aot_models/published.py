@@ -111,8 +111,9 @@ def weight_bytes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> float:
 def moved_bytes(config: Mapping[str, Any], sizes: Mapping[str, int], rows: int) -> float:
     """Bytes that collectives give one device in the layers of a step of `rows` tokens a shard, in bfloat16.
 
-    tensor: two all-reduces of a device's rows a layer. fsdp: every matrix of a layer, whole again. expert: the rows of
-    all shards with their choices, and back the sums of its own. context: all rows' queries, keys and values, and back
+    tensor: two all-reduces of a device's rows a layer. fsdp: every matrix of a layer, whole again. expert: room for
+    twice the rows that are chosen for, there and back, or with no more devices than choices the rows of all shards with
+    their choices, and back the sums of its own. context: all rows' queries, keys and values, and back
     the sums of its own in float32, with their weights.
     """
     width, layers = config["hidden_size"], config["num_hidden_layers"]
@@ -125,8 +126,11 @@ def moved_bytes(config: Mapping[str, Any], sizes: Mapping[str, int], rows: int) 
         total += weight_bytes(config, sizes) * sizes["fsdp"] - ends
     if sizes["expert"] > 1:
         with_experts = layers - config.get("first_k_dense_replace", 0)
-        shards = sizes["expert"] * own
-        total += with_experts * (shards * (2 * width + 8 * config["num_experts_per_tok"]) + own * width * 2)
+        choices = config["num_experts_per_tok"]
+        if sizes["expert"] > choices:
+            total += with_experts * 2 * own * choices * (2 * width * 2 + 4)
+        else:
+            total += with_experts * (sizes["expert"] * own * (2 * width + 8 * choices) + own * width * 2)
     if sizes["context"] > 1:
         head = config.get("head_dim", width // config["num_attention_heads"])
         heads, kv_heads = (config[f"num_{name}_heads"] / sizes["tensor"] for name in ("attention", "key_value"))
