@@ -48,11 +48,11 @@ CASES = (
 )
 
 
-def report(case: Case) -> Found | None:
-    """Compile a case and print what is found; None where it failed."""
+def report(case: Case, *, with_ends: bool = True) -> Found | None:
+    """Compile a case, or its layers alone, and print what is found; None where it failed."""
     started = time.perf_counter()
     try:
-        found = compile_step(case)
+        found = compile_step(case, with_ends=with_ends)
     except Exception as error:  # whatever the compiler says of one case, the others are still compiled
         print(f"{case} FAILED {type(error).__name__}: {str(error)[:400]}", flush=True)
         return None
@@ -87,7 +87,8 @@ def main() -> int:
     cases = [case for case in every if any(text in str(case) for text in wanted)]
     if not cases:
         parser.error(f"nothing matches {wanted}; models are {', '.join(MODELS)}")
-    results = [(case, report(case)) for case in (cases[:1] if arguments.quick else cases)]
+    chosen = cases[:1] if arguments.quick else cases
+    results = [(case, report(case, with_ends=not arguments.sweep)) for case in chosen]
     if arguments.sweep:
         sweep.draw([(case, found) for case, found in results if found is not None], arguments.sweep)
     num_failed = sum(found is None for _, found in results)

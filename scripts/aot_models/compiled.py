@@ -83,10 +83,10 @@ def collectives(text: str) -> Moved:
     return found
 
 
-def compile_step(case: Case) -> Found:
+def compile_step(case: Case, *, with_ends: bool = True) -> Found:
     """Compile the programs of one step. AssertionError for what must not be.
 
-    Of the ends and the sampler only what they move and their scratch is read.
+    Of the ends and the sampler only what they move, their scratch and their time are read; they can be left out.
     """
     config = MODELS[case.model]
     _, model_config = resolve_family(config)
@@ -108,10 +108,10 @@ def compile_step(case: Case) -> Found:
         compilation_cache_dir=False,
     )
     plan = resolve(engine, model_config, jnp.dtype("bfloat16"), mesh)
-    ends = {name: value for name, value in params.items() if name != "layers"}
+    others = {name: value for name, value in params.items() if name != "layers"}
     cut = segments(plan)
     layers = tuple(tuple(params["layers"][str(index)] for index in segment.layers) for segment in cut)
-    programs = StepPrograms(model, plan, ends, layers, Programs(EngineMetrics(), None))
+    programs = StepPrograms(model, plan, others, layers, Programs(EngineMetrics(), None))
     layout = programs.layout(case.tokens)
     in_layers, at_ends = Moved(), Moved()
     scratch, estimate = 0, 0.0
@@ -128,7 +128,8 @@ def compile_step(case: Case) -> Found:
                 check_collectives(seen[id(program)], mesh.shape, len(segment.layers))
             in_layers.update(seen[id(program)])
             estimate += estimated_seconds(program)
-        for program in (programs.begin(layout), programs.end(layout), programs.sampler(case.num_seqs)):
+        ends = (programs.begin(layout), programs.end(layout), programs.sampler(case.num_seqs)) if with_ends else ()
+        for program in ends:
             at_ends.update(collectives(program.as_text()))
             scratch = max(scratch, program.memory_analysis().temp_size_in_bytes)
             estimate += estimated_seconds(program)

@@ -14,7 +14,6 @@ _HBM = 32 * 2**30  # of one device of v6e
 _MESHES = {
     "Llama 3.1 405B": ("fsdp={},tensor=8", 8),
     "Qwen3 235B A22B": ("expert={},tensor=4", 4),
-    "DeepSeek V3": ("expert={},tensor=8", 8),
 }
 
 CASES = tuple(
