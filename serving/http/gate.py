@@ -105,19 +105,18 @@ class Gate:
             raise ReaderStalled(self._patience) from None
 
     def _check(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
-        count, most = scope["state"][NUM_CONNECTIONS](), self._max_connections()
-        if count > most and scope["path"] not in self._open_paths:
-            message = f"{count} connections are open, and the server takes {most}; close some, or try again later"
-            raise HttpError(503, message, headers={"retry-after": "1"}, is_unread=True)
+        headers, is_open = Headers(scope=scope), scope["path"] in self._open_paths
         if self._local_only and not _is_local(headers.getlist("host")):
             message = "a server without tokens answers as localhost only; ask for that, or start it with --tokens-file"
             raise HttpError(403, message, is_unread=True)
-        if self._tokens is None or (scope["path"] in self._open_paths and scope["method"] in ("GET", "HEAD")):
-            return
-        given = headers.getlist("authorization")
-        if len(given) != 1 or not self._tokens.accept(given[0]):
-            raise HttpError(401, NO_TOKEN, headers={"www-authenticate": "Bearer"}, is_unread=True)
+        if self._tokens is not None and not (is_open and scope["method"] in ("GET", "HEAD")):
+            given = headers.getlist("authorization")
+            if len(given) != 1 or not self._tokens.accept(given[0]):
+                raise HttpError(401, NO_TOKEN, headers={"www-authenticate": "Bearer"}, is_unread=True)
+        count, most = scope["state"][NUM_CONNECTIONS](), self._max_connections()
+        if count > most and not is_open:
+            message = f"{count} connections are open, and the server takes {most}; close some, or try again later"
+            raise HttpError(503, message, headers={"retry-after": "1"}, is_unread=True)
 
 
 def _is_local(hosts: list[str]) -> bool:
