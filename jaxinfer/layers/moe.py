@@ -20,10 +20,7 @@ from jaxinfer.sharding.spmd import all_rows, place_on, sum_own_rows, sum_parts
 
 
 class MoE(nnx.Module):
-    """The sum of each token's chosen experts, weighted by the router, and of the shared expert where there is one.
-
-    x [T, D] -> [T, D].
-    """
+    """The sum of each token's chosen experts, weighted by the router, and of the shared expert where there is one."""
 
     def __init__(self, make: Parameters, config: ModelConfig, layer: LayerConfig, *, fused: bool = False) -> None:
         assert layer.experts is not None
@@ -33,13 +30,23 @@ class MoE(nnx.Module):
         self.shared = MLP(make, config, shared_dim, fused=fused) if shared_dim else None
         self.shared_gate = Linear(make, embed, {"one": 1}) if layer.experts.shared_gate else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, is_real: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """x [T, D] -> y [T, D], and how many tokens chose each expert, int32 [E].
+
+        is_real: bool [T], False for padding, which no expert is troubled with; None: there is none.
+        """
         weights, chosen = self.router(x)
+        num_experts = self.experts.num_experts
+        if is_real is not None:
+            chosen = jnp.where(is_real[:, None], chosen, num_experts)
+        load = jnp.zeros(num_experts, jnp.int32).at[chosen.reshape(-1)].add(1)
         y = self.experts(x, weights, chosen)
+        if is_real is not None:
+            y = jnp.where(is_real[:, None], y, 0)
         if self.shared is None:
-            return y
+            return y, load
         shared = self.shared(x)
-        return y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared)
+        return y + (shared if self.shared_gate is None else jax.nn.sigmoid(self.shared_gate(x)) * shared), load
 
 
 class Router(nnx.Module):
@@ -104,7 +111,7 @@ class Experts(nnx.Module):
         self.down = StackedLinear(make, experts, ffn, embed, bias=bias)
 
     def __call__(self, x: jax.Array, weights: jax.Array, chosen: jax.Array) -> jax.Array:
-        """x [T, D], weights and chosen experts [T, A] -> [T, D]."""
+        """x [T, D], weights and chosen experts [T, A] -> [T, D]. Expert E is none: what comes of it is nothing."""
         num_experts, _, ffn_dim = self.gate.weight.shape
         num_devices = self.num_experts // num_experts
         if num_devices > chosen.shape[1]:

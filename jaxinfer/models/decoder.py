@@ -84,16 +84,23 @@ class DecoderLayer(nnx.Module):
         """x [T, D] -> q [T, N, H], k and v [T, K, H] or None, as `Attend` takes them."""
         return self.attention.project(x if self.attention_norm is None else self.attention_norm(x), cos_sin)
 
-    def after(self, x: jax.Array, mixed: jax.Array, per_layer_input: jax.Array | None) -> jax.Array:
-        """x [T, D] and the heads' mixed values, as `Attend` returns them -> the next layer's x."""
+    def after(
+        self, x: jax.Array, mixed: jax.Array, per_layer_input: jax.Array | None, is_real: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """x [T, D] and the heads' mixed values, as `Attend` returns them -> the next layer's x, and how many tokens
+        chose each expert, int32 [E], where there are any. is_real [T]: which tokens are not padding; None: all."""
         h = self.attention.combine(mixed.astype(x.dtype))
         x = x + (h if self.attention_post_norm is None else self.attention_post_norm(h))
-        h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
+        h, load = x if self.mlp_norm is None else self.mlp_norm(x), None
+        if isinstance(self.mlp, MoE):
+            h, load = self.mlp(h, is_real)
+        else:
+            h = self.mlp(h)
         x = x + (h if self.mlp_post_norm is None else self.mlp_post_norm(h))
         if self.per_layer is not None:
             assert per_layer_input is not None
             x = x + self.per_layer(x, per_layer_input)
-        return x if self.scalar is None else x * self.scalar[...]
+        return (x if self.scalar is None else x * self.scalar[...]), load
 
 
 class Ends(nnx.Module):

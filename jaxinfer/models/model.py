@@ -96,8 +96,12 @@ class Model:
         per_layer: jax.Array | None,
         attend: Attend[Cache],
         cache: Cache,
-    ) -> tuple[jax.Array, Cache]:
+        is_real: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache, jax.Array | None]:
         """One layer over the residual stream x [T, D]; `params` are the layer's own.
+
+        is_real: bool [T], False for padding; None: there is none. Returns x, the cache, and how many tokens chose each
+        of the layer's experts, int32 [E], if it has any.
 
         Two layers of the same LayerConfig are the same function of their arguments, but for what `attend` makes of
         the index.
@@ -106,7 +110,8 @@ class Model:
         cos_sin = None if rope is None else rotations[self._ropes.index(rope)]
         q, k, v = _before(self._layers[index], params, x, cos_sin)
         mixed, cache = attend(index, q, k, v, params["attention"].get("sinks"), cache)
-        return _after(self._layers[index], params, x, mixed, per_layer), cache
+        x, load = _after(self._layers[index], params, x, mixed, per_layer, is_real)
+        return x, cache, load
 
     def end(self, params: Params, x: jax.Array) -> jax.Array:
         """x [T, D] after the last layer -> hidden states [T, D] for `logits`."""
@@ -131,7 +136,7 @@ class Model:
         x = stream.x
         for index in range(len(self._layers)):
             own = stream.per_layer[index] if stream.per_layer else None
-            x, cache = self.layer(index, params["layers"][str(index)], x, stream.rotations, own, attend, cache)
+            x, cache, _ = self.layer(index, params["layers"][str(index)], x, stream.rotations, own, attend, cache)
         return self.end(params, x), cache
 
     def forward(self, params: Params, tokens: jax.Array, context_len: int | None = None) -> jax.Array:
@@ -163,8 +168,15 @@ def _before(graph: Any, params: Params, x: jax.Array, cos_sin: Rotation | None) 
 
 
 @partial(jax.jit, static_argnums=0)
-def _after(graph: Any, params: Params, x: jax.Array, mixed: jax.Array, per_layer_input: jax.Array | None) -> jax.Array:
-    return nnx.merge(graph, params).after(x, mixed, per_layer_input)
+def _after(
+    graph: Any,
+    params: Params,
+    x: jax.Array,
+    mixed: jax.Array,
+    per_layer_input: jax.Array | None,
+    is_real: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    return nnx.merge(graph, params).after(x, mixed, per_layer_input, is_real)
 
 
 def _by_layer(tree: Callable[[nnx.Module], Params], ends: Ends, layers: list[DecoderLayer]) -> Params:

@@ -56,13 +56,15 @@ def run_layers(
 
     layers, pools, per_layer, prepared: those of the segment, in its order.
     """
-    attend = _paged_attend(plan, segment, layout.unpack(buffer), prepared)
+    batch = layout.unpack(buffer)
+    attend = _paged_attend(plan, segment, batch, prepared)
+    is_real = jnp.arange(layout.num_tokens) < batch.num_tokens
     following = gather_stored(layers[0], cuts[0])
     for place, index in enumerate(segment.layers):
         own, params = per_layer[place] if per_layer else None, following
         if place + 1 < len(layers):
             x, following = gather_after(x, layers[place + 1], cuts[place + 1])
-        x, pools = model.layer(index, params, x, rotations, own, attend, pools)
+        x, pools, _ = model.layer(index, params, x, rotations, own, attend, pools, is_real)
     return x, pools
 
 

@@ -124,7 +124,16 @@ def test_every_token_is_served_by_its_experts(num_tokens: int, clamp: tuple[floa
             total = total + weight * part("down", expert, hidden)
         return total
 
-    np.testing.assert_allclose(moe(jnp.asarray(x)), [one(row) for row in x], atol=1e-5)
+    y, load = moe(jnp.asarray(x))
+    np.testing.assert_allclose(y, [one(row) for row in x], atol=1e-5)
+    _, chosen = moe.router(jnp.asarray(x))
+    np.testing.assert_array_equal(load, np.bincount(np.asarray(chosen).reshape(-1), minlength=5))
+    is_real = np.arange(len(x)) < num_tokens
+    padded, load = moe(jnp.asarray(x), jnp.asarray(is_real))
+    np.testing.assert_allclose(padded[is_real], y[is_real], atol=1e-5)
+    np.testing.assert_array_equal(load, np.bincount(np.asarray(chosen)[is_real].reshape(-1), minlength=5))
+    of_all = jax.nn.sigmoid(gate(jnp.asarray(x))) * shared(jnp.asarray(x))
+    np.testing.assert_allclose(padded[~is_real], of_all[~is_real], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ devices, labels, rows = 4, 3, 40
 mesh = make_mesh({"data": 2, "expert": devices})
 rng = np.random.default_rng(0)
 x = rng.normal(size=(8, 10, 5)).astype(np.float32)
-skews = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [9, 1, 0, 1], [0] * 4, [0, 0, 1, 30], [1, 2, 0, 0], [0, 1, 0, 0], [4, 3, 2, 1]])
+skews = [[1, 1, 1, 1], [1, 0, 0, 0], [9, 1, 0, 1], [0] * 4, [0, 0, 1, 30], [1, 2, 0, 0], [0, 1, 0, 0], [4, 3, 2, 1]]
+skews = np.array(skews)
 owners = np.stack([np.sort(rng.choice(devices, rows, p=skew / skew.sum() if skew.any() else None)) for skew in skews])
 owners[3] = devices  # nobody's
 owners[7, 25:] = devices
@@ -53,10 +54,15 @@ for num_tokens in (1, 40):
     cuts["router"] = jax.tree.map(lambda leaf: P(), params["router"])
     x = rng.normal(size=(4 * num_tokens, 8)).astype(np.float32)
     spread = jax.shard_map(
-        lambda params, x: nnx.merge(graph, params)(x),
-        mesh=make_mesh({"expert": 4}), in_specs=(cuts, P("expert")), out_specs=P("expert"), check_vma=False,
+        lambda params, x, is_real: nnx.merge(graph, params)(x, is_real),
+        mesh=make_mesh({"expert": 4}), in_specs=(cuts, P("expert"), P("expert")), out_specs=P("expert"),
+        check_vma=False,
     )
-    np.testing.assert_allclose(jax.jit(spread)(params, x), moe(x), atol=1e-5)
+    is_real = np.arange(4 * num_tokens) % 3 > 0
+    got, load = jax.jit(spread)(params, x, is_real)
+    want, whole = moe(x, is_real)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_array_equal(load.reshape(4, -1).sum(0), whole)
 """
 
 
