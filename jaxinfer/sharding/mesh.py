@@ -48,6 +48,7 @@ def make_mesh(
     """
     import jax
     import numpy as np
+    from jax.experimental import mesh_utils
     from jax.sharding import AxisType, Mesh
 
     types = (AxisType.Auto,) * len(AXES)
@@ -67,8 +68,10 @@ def make_mesh(
             f"choose axis sizes that multiply to {len(available)}"
         )
     if needed == len(available):
-        # On TPUs this lays the axes along the wires of the slice, so neighbours on an axis are neighbours in metal.
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=available)
+        # On TPUs this lays the axes along the wires of the slice, so neighbours on an axis are neighbours in metal; an
+        # axis that is no product of the slice's own (8 of 4 x 4) has one of these split for it.
+        grid = mesh_utils.create_device_mesh(shape, available, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
     chosen = available[:needed]
     if needed > 1 or sizes:
         log.info("mesh %s uses %d of %d devices: %s", sizes, needed, len(available), chosen)

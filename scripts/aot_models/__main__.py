@@ -36,6 +36,7 @@ CASES = (
     Case("Llama 3.1 70B", "v6e:2x4", "tensor=8"),
     Case("Llama 3.1 70B", "v5p:2x2x2", "tensor=8"),
     Case("Llama 3.1 70B", "tpu7x:2x2x1", "tensor=8"),
+    Case("Llama 3.1 70B", "v6e:4x4", "data=2,tensor=8"),
     Case("Llama 3.1 405B", "v6e:8x8", "fsdp=8,tensor=8"),
     Case("Llama 3.1 405B", "v5p:4x4x4", "fsdp=64"),
     Case("Llama 3.1 405B", "tpu7x:2x4x4", "data=2,fsdp=4,tensor=8"),
