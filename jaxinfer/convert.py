@@ -161,10 +161,10 @@ def _from_safetensors(directory: Path, partial: Path, to: str, dtype: str | None
         there = {path: reader.tensors.get(source.names(1)[0]) for path, source in found.items()}
         stored = {path: info.dtype for path, info in there.items() if info is not None}
         stored.update({path: np.dtype(jnp.bfloat16) for path, source in found.items() if source.scales is not None})
-        params, abstract, axes = _describe(config, stored, dtype)
+        params, abstract = _describe(config, stored, dtype)
         check_space(partial, params)
         if to == "orbax":
-            loaded = load_params(reader, abstract, axes, family, config)
+            loaded = load_params(reader, abstract, family, config)
             save_orbax(partial, loaded)
             return sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
         check_tensors(reader, found, {path: param.shape for path, param in params.items()}, family)
@@ -188,10 +188,10 @@ def _from_orbax(
     from jaxinfer.checkpoint.orbax import OrbaxReader, load_orbax, save_orbax
 
     with OrbaxReader(directory) as reader:
-        params, abstract, axes = _describe(config, reader.dtypes, dtype)
+        params, abstract = _describe(config, reader.dtypes, dtype)
         check_space(partial, params)
         if to == "orbax":
-            loaded = load_orbax(directory, abstract, axes)
+            loaded = load_orbax(directory, abstract)
             save_orbax(partial, loaded)
             return sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
         reader.check({path: param.shape for path, param in params.items()})
@@ -204,8 +204,8 @@ def _from_orbax(
 
 def _describe(
     config: Any, stored: Mapping[str, np.dtype], dtype: str | None
-) -> tuple[dict[str, Param], dict[str, Any], dict[str, Any]]:
-    """Every parameter to be written, by path; and, nested, the abstract parameters and their axes."""
+) -> tuple[dict[str, Param], dict[str, Any]]:
+    """Every parameter to be written, by path; and, nested, the abstract parameters."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -224,7 +224,7 @@ def _describe(
         return jax.ShapeDtypeStruct(leaf.shape, wanted)
 
     abstract = jax.tree_util.tree_map_with_path(describe, model.abstract_params, model.logical_axes)
-    return params, abstract, model.logical_axes
+    return params, abstract
 
 
 def _with_dtype(config_json: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

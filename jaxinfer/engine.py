@@ -2,7 +2,8 @@
 
 A step sends the next batch to the device before it reads the tokens of the last one (they stay on the device, where
 the next batch takes them from); a request that turns out to have ended has computed one token too many, which is
-dropped. One thread at a time may use an engine.
+dropped. Where the model is in stages, lanes of requests (scheduler/shards.py) take turns with steps. One thread at a
+time may use an engine.
 """
 
 from __future__ import annotations
@@ -72,11 +73,13 @@ class Engine:
                         plan.enable_prefix_caching,
                     ),
                 )
-                for _ in range(plan.num_shards)
-            ]
+                for _ in range(plan.num_lanes * plan.num_shards)
+            ],
+            plan.num_lanes,
         )
         self._requests: dict[str, RequestState] = {}
-        self._in_flight: PendingStep | None = None
+        self._in_flight: list[PendingStep | None] = [None] * plan.num_lanes
+        self._lane = 0  # whose turn was last
         self._num_preemptions = 0
 
     @cached_property
@@ -142,7 +145,7 @@ class Engine:
         return bool(self._requests)
 
     def step(self) -> list[RequestOutput]:
-        """Send the next batch, then read the last one: the requests that got tokens or ended by it.
+        """Send a lane's next batch, then read its last one: the requests that got tokens or ended by it.
 
         What is raised here, an interrupt included, has ended every request with an error; the engine goes on empty.
         """
@@ -154,15 +157,16 @@ class Engine:
 
     def _step(self) -> list[RequestOutput]:
         started = time.monotonic()
-        schedules = self.scheduler.schedule(started)
+        lane = self._lane = self._next_lane()
+        schedules = self.scheduler.schedule(started, lane)
         sent = None
         if schedules is not None:
-            sent = self.runner.execute(schedules, self.scheduler.tables)
+            sent = self.runner.execute(lane, schedules, self.scheduler.tables(lane))
             self._note_first_scheduled(schedules)
-        previous, self._in_flight = self._in_flight, sent
+        previous, self._in_flight[lane] = self._in_flight[lane], sent
         if previous is None:
             return []
-        outputs, waited = self._commit(previous)
+        outputs, waited = self._commit(lane, previous)
         stats = self.scheduler.stats()
         self.metrics.preempted(stats.num_preemptions - self._num_preemptions)
         self._num_preemptions = stats.num_preemptions
@@ -178,6 +182,14 @@ class Engine:
         )
         return outputs
 
+    def _next_lane(self) -> int:
+        """The lane whose turn it is: the next that has something to send or to read."""
+        count = len(self._in_flight)
+        for lane in (*range(self._lane + 1, count), *range(self._lane + 1)):
+            if self._in_flight[lane] is not None or self.scheduler.has_unfinished(lane):
+                return lane
+        return self._lane
+
     def stats(self) -> EngineStats:
         return self.metrics.snapshot()
 
@@ -187,23 +199,29 @@ class Engine:
         ValueError where `params` is not shaped like this model's.
         """
         placed = self.loaded.place(params)
-        self._in_flight = None
+        self._in_flight = [None] * self.plan.num_lanes
         self.scheduler.reset_cache()
         self.loaded.params = placed
         self.runner.set_params(self.loaded.serving_form()[1])
 
-    def _commit(self, pending: PendingStep) -> tuple[list[RequestOutput], float]:
+    def _commit(self, lane: int, pending: PendingStep) -> tuple[list[RequestOutput], float]:
         """Read a step and hand out its tokens. Returns the outputs and the seconds spent waiting for the device."""
         waiting_since = time.monotonic()
         results = pending.read()
         now = time.monotonic()
         touched: dict[str, RequestState] = {}
         for shard, (schedule, result) in enumerate(zip(pending.schedules, results, strict=True)):
-            self._commit_shard(shard, schedule, result, now, touched)
+            self._commit_shard(lane, shard, schedule, result, now, touched)
         return [state.output for state in touched.values()], now - waiting_since
 
     def _commit_shard(
-        self, shard: int, schedule: Schedule, result: StepResult, now: float, touched: dict[str, RequestState]
+        self,
+        lane: int,
+        shard: int,
+        schedule: Schedule,
+        result: StepResult,
+        now: float,
+        touched: dict[str, RequestState],
     ) -> None:
         for sequence, first, token_ids, logprobs in result.prompt_logprobs:
             state = self._state_of(sequence)
@@ -216,7 +234,7 @@ class Engine:
                 self.scheduler.abort(sequence.request_id)
                 state.finish(now, self.metrics, "the model's logits are not finite; check the weights and the dtype")
                 touched[sequence.request_id] = state
-        for update in self.scheduler.commit(shard, schedule, result.token_ids):
+        for update in self.scheduler.commit(shard, schedule, result.token_ids, lane):
             sequence = update.sequence
             state = self._requests[sequence.request_id]
             touched[sequence.request_id] = state

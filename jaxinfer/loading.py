@@ -24,11 +24,11 @@ from jaxinfer.models.fused import fuse, unfuse
 from jaxinfer.models.layout import check_layout, check_memory
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.registry import resolve as resolve_family
+from jaxinfer.models.stages import param_shardings
 from jaxinfer.plan import DEFAULT_PAGE_SIZE, resolve_dtype
 from jaxinfer.runner import functional
 from jaxinfer.runner.functional import KVCache
 from jaxinfer.sharding.mesh import make_mesh
-from jaxinfer.sharding.rules import param_shardings
 from jaxinfer.sharding.spmd import PER_SHARD
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class LoadedModel:
 
     `params` is a plain nested dict of jax.Array, laid out by `shardings`. `forward` may be called inside the caller's
     own `jit` and `grad`, `prefill` and `decode` inside `jit`, with these parameters or others of their shapes.
-    examples/sharded_model.py shows all of it.
+    examples/sharded_model.py shows all of it. They and the cache are refused on a mesh with stages, where a program
+    holds a part of the model.
     """
 
     model: Model
@@ -57,6 +58,7 @@ class LoadedModel:
 
     def forward(self, params: Params, tokens: jax.Array) -> jax.Array:
         """tokens int32 [T] or [batch, T] -> float32 logits [..., T, V]; pure."""
+        self._check_one_program()
         return self.model.forward(params, tokens)
 
     def make_cache(
@@ -75,6 +77,7 @@ class LoadedModel:
         so many tokens, no more. page_size: tokens in a page. attention_backend: None takes the best that serves the
         model. Pure: `jax.eval_shape` tells what a cache would take. ValueError for what this model or mesh can not do.
         """
+        self._check_one_program()
         return functional.make_cache(
             self.model,
             self.mesh,
@@ -95,6 +98,7 @@ class LoadedModel:
         more than max_len leaves room for. Donate the cache, or it is copied. Rope scalings that depend on the length
         (dynamic, longrope) are those of max_len.
         """
+        self._check_one_program()
         return functional.extend(self.model, self.mesh, params, cache, jnp.asarray(tokens), jnp.asarray(lengths))
 
     def decode(self, params: Params, cache: KVCache, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
@@ -108,6 +112,14 @@ class LoadedModel:
         """The NamedSharding of every array of the cache, in its own structure."""
         return functional.cache_shardings(self.mesh, cache)
 
+    def _check_one_program(self) -> None:
+        count = self.mesh.shape["stage"]
+        if count > 1:
+            raise ValueError(
+                f"mesh axis stage={count}: one program can not hold a model that is in stages; use LLM or Engine, or "
+                "load it onto a mesh without stages"
+            )
+
     @cached_property
     def sequence_sharding(self) -> NamedSharding:
         """Of arrays whose first axis is sequences: tokens, lengths, whatever goes with them."""
@@ -116,7 +128,7 @@ class LoadedModel:
     @cached_property
     def shardings(self) -> Params:
         """The NamedSharding of every parameter, in the parameters' own structure."""
-        return param_shardings(self.model.abstract_params, self.model.logical_axes, self.mesh)
+        return param_shardings(self.model, self.mesh)
 
     def place(self, params: Params) -> Params:
         """`params` checked against this model's shapes, cast to its dtype and laid out by its shardings.
@@ -183,13 +195,13 @@ def load_model(
     computed = resolve_dtype(str(np.dtype(dtype)) if dtype != "auto" else "auto", stored, made.devices.flat[0].platform)
     check_layout(config, made)
     model = Model(config, computed)
-    shardings = param_shardings(model.abstract_params, model.logical_axes, made)
-    check_memory(model.abstract_params, shardings, made)
+    check_memory(model, made)
+    shardings = param_shardings(model, made)
     if is_orbax(directory):
-        params = load_orbax(directory, model.abstract_params, model.logical_axes, made)
+        params = load_orbax(directory, model.abstract_params, shardings)
     else:
         with CheckpointReader(directory) as reader:
-            params = load_params(reader, model.abstract_params, model.logical_axes, family, config, made)
+            params = load_params(reader, model.abstract_params, family, config, shardings)
     return LoadedModel(model, params, made, directory, generation)
 
 

@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 from jaxinfer.cache.groups import KVGroup, group_of_layer, kv_groups
 from jaxinfer.config import EngineConfig
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.stages import Stage, stages
 from jaxinfer.ops.paged_attention import AttentionCase, Backend, choose_backend
+from jaxinfer.sharding.mesh import AXES
 from jaxinfer.sharding.spmd import num_shards
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ class LayerPlan:
 class Plan:
     """All that is static in a running engine. Token and sequence counts are padded to the buckets.
 
-    Sequences, tokens and pages are those of one shard of the mesh (sharding/spmd.py), heads those of one device.
+    Sequences, tokens and pages are those of one shard of the mesh (sharding/spmd.py) in one lane, heads those of one
+    device.
     Sequence buckets are coarse: a sampler takes long to compile, and a row too many costs it little.
     """
 
@@ -66,19 +69,30 @@ class Plan:
         return num_shards(self.mesh)
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        return stages(self.model, self.mesh)
+
+    @property
+    def num_lanes(self) -> int:
+        """Batches in flight, each of sequences of its own: as many as stages, to keep them all busy."""
+        return len(self.stages)
+
+    @property
     def num_slots(self) -> int:
-        """Sequences that run at the same time, on all shards."""
-        return self.num_shards * self.max_num_seqs
+        """Sequences that run at the same time, on all shards in all lanes."""
+        return self.num_lanes * self.num_shards * self.max_num_seqs
 
     @property
     def kv_cache_bytes(self) -> int:
         """Of all devices together."""
-        return self.mesh.size * sum(pages * cost for pages, cost in zip(self.num_pages, self.page_bytes, strict=True))
+        costs = _page_bytes(self.layers, len(self.groups), self.dtype)
+        num_devices = self.mesh.size // len(self.stages)  # that have a page of a layer
+        return self.num_lanes * num_devices * sum(p * cost for p, cost in zip(self.num_pages, costs, strict=True))
 
     @property
     def page_bytes(self) -> list[int]:
-        """Bytes of one page of each group, on one device."""
-        return _page_bytes(self.layers, len(self.groups), self.dtype)
+        """Bytes of one page of each group, on one device: of all stages', the one where it takes the most."""
+        return _largest_page_bytes(self.layers, self.stages, len(self.groups), self.dtype)
 
     def describe(self) -> str:
         """The plan in a few lines, for the log."""
@@ -88,6 +102,12 @@ class Plan:
                 f"{self.dtype.name}, max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
                 f"max_num_batched_tokens {self.max_num_batched_tokens}"
                 + ("" if self.num_shards == 1 else f", each of {self.num_shards} shards")
+                + ("" if self.num_lanes == 1 else f", each of {self.num_lanes} lanes")
+            ),
+            *(
+                f"stage {number}: layers {stage.layers.start} to {stage.layers.stop - 1}"
+                for number, stage in enumerate(self.stages)
+                if self.num_lanes > 1
             ),
             f"KV cache {self.kv_cache_bytes / 2**20:.0f} MiB, pages of {self.page_size} tokens: "
             + "; ".join(
@@ -127,7 +147,7 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
     groups = kv_groups(model)
     widths = tuple(group.table_width(max_model_len, max_chunk, page_size) for group in groups)
     layers = _layer_plans(model, groups, page_size, dtype, mesh, config.attention_backend)
-    costs = _page_bytes(layers, len(groups), dtype)
+    costs = _largest_page_bytes(layers, stages(model, mesh), len(groups), dtype)
     num_pages = _pool_sizes(config, groups, widths, costs, max_num_seqs, mesh)
     return Plan(
         model=model,
@@ -243,6 +263,14 @@ def _page_bytes(layers: tuple[LayerPlan, ...], num_groups: int, dtype: np.dtype)
     return costs
 
 
+def _largest_page_bytes(
+    layers: tuple[LayerPlan, ...], parts: tuple[Stage, ...], num_groups: int, dtype: np.dtype
+) -> list[int]:
+    """Bytes of one page of each group, on a device of the stage where it takes the most."""
+    costs = [_page_bytes(layers[part.layers.start : part.layers.stop], num_groups, dtype) for part in parts]
+    return [max(own) for own in zip(*costs, strict=True)]
+
+
 def _pool_sizes(
     config: EngineConfig,
     groups: tuple[KVGroup, ...],
@@ -262,7 +290,8 @@ def _pool_sizes(
     if config.num_pages is not None:
         first = growing[0]
         return tuple(config.num_pages + 1 if g == first else pages for g, pages in zip(growing, most, strict=True))
-    memory = (config.kv_cache_bytes or _free_memory(mesh)) // mesh.size
+    parts = mesh.size * mesh.shape["stage"]  # as many lanes as stages share every device's memory
+    memory = (config.kv_cache_bytes or _free_memory(mesh)) // parts
     ring_bytes = sum(cost * pages for cost, pages, g in zip(costs, most, growing, strict=True) if not g)
     ring_limit = memory // 2 if any(growing) else memory
     ring_share = min(1.0, ring_limit / ring_bytes) if ring_bytes else 0.0
@@ -273,23 +302,25 @@ def _pool_sizes(
     )
     if min(pages) < 2:
         raise ValueError(
-            f"kv_cache_memory={memory * mesh.size} bytes holds {min(pages)} pages of {max(costs) * mesh.size} bytes; "
-            f"give at least {2 * (growing_cost + ring_bytes // max_num_seqs) * mesh.size} bytes or a smaller page_size"
+            f"kv_cache_memory={memory * parts} bytes holds {min(pages)} pages of {max(costs) * parts} bytes; "
+            f"give at least {2 * (growing_cost + ring_bytes // max_num_seqs) * parts} bytes or a smaller page_size"
         )
     return pages
 
 
 def _free_memory(mesh: Mesh) -> int:
     """Bytes the KV cache may take, over all devices of the mesh."""
-    device = mesh.devices.flat[0]
-    if device.platform == "cpu":
+    if mesh.devices.flat[0].platform == "cpu":
         # Of the whole, not of what happens to be free: programs are made for a pool's size, and kept.
         total, available = _host_memory()
         return min(int(HOST_FRACTION * total), available // 2)
-    stats = device.memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        raise ValueError(f"{device} does not tell its memory; give kv_cache_memory or num_pages")
-    return mesh.size * int(ACCELERATOR_FRACTION * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    free = []
+    for stage in np.moveaxis(mesh.devices, AXES.index("stage"), 0):  # which hold unequal parts of the parameters
+        stats = stage.flat[0].memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            raise ValueError(f"{stage.flat[0]} does not tell its memory; give kv_cache_memory or num_pages")
+        free.append(stats["bytes_limit"] - stats["bytes_in_use"])
+    return mesh.size * int(ACCELERATOR_FRACTION * min(free))
 
 
 def _host_memory() -> tuple[int, int]:

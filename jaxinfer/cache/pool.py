@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 Pools = tuple[Any, ...]
 
 
-def abstract_pools(plan: Plan, sharding: jax.sharding.Sharding) -> Pools:
+def abstract_pools(plan: Plan, sharding: jax.sharding.NamedSharding) -> Pools:
     """Shapes and dtypes of the pools of a plan: every device's own pages, one device's after another's."""
     pools: dict[int, Any] = {}
     for layer in plan.layers:
         num_pages, *page = layer.backend.pool_shape(layer.case, plan.num_pages[layer.group])
-        shape = (plan.mesh.size * num_pages, *page)
+        shape = (sharding.mesh.size * num_pages, *page)
         pools.setdefault(layer.pool, jax.ShapeDtypeStruct(shape, plan.dtype, sharding=sharding))
     return tuple(pools[index] for index in range(len(pools)))
 

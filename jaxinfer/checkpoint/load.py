@@ -18,13 +18,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxinfer.checkpoint.mxfp4 import PACKED_BYTES, unpack_mxfp4
 from jaxinfer.checkpoint.reader import CheckpointReader, TensorInfo
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families.base import Family, Source
-from jaxinfer.sharding.rules import param_shardings
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +35,14 @@ _COLUMNS = 64  # transposed at a time: several times as fast as all at once
 def load_params(
     reader: CheckpointReader,
     abstract: Mapping[str, Any],
-    axes: Mapping[str, Any],
     family: Family,
     config: ModelConfig,
-    mesh: Mesh | None = None,
+    shardings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The nested dict of jax.Arrays that `abstract` describes, read from `reader`.
 
-    abstract: nested dict of ShapeDtypeStruct. axes: the same nesting, logical axes per parameter. family: says which
-    tensor fills which parameter of `config`. mesh: None puts everything on the default device.
+    abstract: nested dict of ShapeDtypeStruct. family: says which tensor fills which parameter of `config`. shardings:
+    the same nesting; None puts everything on the default device.
 
     ValueError, naming the tensors, for missing, unexpected or wrongly shaped ones.
     """
@@ -53,7 +51,7 @@ def load_params(
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     sources = family.find_sources(config, reader.tensors)
     assert set(paths) == set(sources), sorted(set(paths) ^ set(sources))
-    shardings = treedef.flatten_up_to(shardings_of(abstract, axes, mesh))
+    placed = treedef.flatten_up_to(on_default_device(abstract) if shardings is None else shardings)
     shapes = {path: tuple(leaf.shape) for path, (_, leaf) in zip(paths, leaves, strict=True)}
     check_tensors(reader, sources, shapes, family)
 
@@ -64,7 +62,7 @@ def load_params(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
         for i in in_file_order:
             wanted = np.dtype(leaves[i][1].dtype)
-            arrays[i] = load_param(reader, sources[paths[i]], shapes[paths[i]], wanted, shardings[i], pool)
+            arrays[i] = load_param(reader, sources[paths[i]], shapes[paths[i]], wanted, placed[i], pool)
             if previous is not None:
                 previous.block_until_ready()  # so that at most two parameters wait on the host
             previous = arrays[i]
@@ -79,10 +77,8 @@ def load_params(
     return jax.tree.unflatten(treedef, [arrays[i] for i in range(len(paths))])
 
 
-def shardings_of(abstract: Mapping[str, Any], axes: Mapping[str, Any], mesh: Mesh | None) -> dict[str, Any]:
-    """Every parameter's sharding: over the mesh by its axes' rules, or whole on the default device without one."""
-    if mesh is not None:
-        return param_shardings(abstract, axes, mesh)
+def on_default_device(abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Every parameter's sharding, where it is whole on the default device."""
     whole = SingleDeviceSharding(jax.device_put(0).device)
     return jax.tree.map(lambda _: whole, dict(abstract))
 

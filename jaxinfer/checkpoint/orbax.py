@@ -19,9 +19,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxinfer.checkpoint.load import name_some, shardings_of
+from jaxinfer.checkpoint.load import name_some, on_default_device
 
 PARAMS_DIR = "params"
 _MARKER_FILES = ("_CHECKPOINT_METADATA", "_METADATA")  # what Orbax writes into the directory of a pytree
@@ -58,10 +57,7 @@ def save_orbax(directory: str | Path, params: Mapping[str, Any]) -> None:
 
 
 def load_orbax(
-    directory: str | Path,
-    abstract: Mapping[str, Any],
-    axes: Mapping[str, Any],
-    mesh: Mesh | None = None,
+    directory: str | Path, abstract: Mapping[str, Any], shardings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The nested dict of jax.Arrays that `abstract` describes, restored from a model directory. See load_params.
 
@@ -73,7 +69,7 @@ def load_orbax(
         reader.check(
             {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
         )
-        return reader.restore(abstract, dtypes, shardings_of(abstract, axes, mesh))
+        return reader.restore(abstract, dtypes, on_default_device(abstract) if shardings is None else shardings)
 
 
 class OrbaxReader:

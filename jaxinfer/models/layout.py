@@ -10,9 +10,11 @@ import jax
 from jax.sharding import Mesh
 
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.model import Model
+from jaxinfer.models.stages import cut_points, param_shardings, stages
 
 # Axes that programs are not yet written for.
-_UNUSED_AXES = ("stage", "context")
+_UNUSED_AXES = ("context",)
 
 
 def check_layout(config: ModelConfig, mesh: Mesh) -> None:
@@ -21,8 +23,10 @@ def check_layout(config: ModelConfig, mesh: Mesh) -> None:
     for axis in _UNUSED_AXES:
         if sizes[axis] > 1:
             raise ValueError(
-                f"mesh axis {axis}={sizes[axis]}: models are not spread over {axis!r}; use data, fsdp, expert, tensor"
+                f"mesh axis {axis}={sizes[axis]}: models are not spread over {axis!r}; use data, fsdp, expert, tensor, "
+                "stage"
             )
+    _check_stages(config, sizes["stage"])
     tensor = sizes["tensor"]
     for index, layer in enumerate(config.layers):
         for name, size in (("num_heads", layer.num_heads), ("ffn_dim", layer.ffn_dim)):
@@ -52,6 +56,22 @@ def check_layout(config: ModelConfig, mesh: Mesh) -> None:
         )
 
 
+def _check_stages(config: ModelConfig, count: int) -> None:
+    num_layers, most = len(config.layers), len(cut_points(config))
+    if count > num_layers:
+        raise ValueError(f"mesh axis stage={count}: this model has {num_layers} layers; use at most {most}")
+    if count > most:
+        raise ValueError(
+            f"mesh axis stage={count}: layers that read the keys of others must be on their stage, which leaves this "
+            f"model in {most} pieces; use at most {most}"
+        )
+    if count > 1 and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh axis stage={count}: one process sends all stages, and there are {jax.process_count()}; "
+            "use data, fsdp, expert or tensor across hosts"
+        )
+
+
 def _divisors(config: ModelConfig) -> str:
     """The sizes of the axis `tensor` that this model can be cut into."""
 
@@ -67,21 +87,24 @@ def _divisors(config: ModelConfig) -> str:
     return ", ".join(str(size) for size in range(1, largest + 1) if fits(size))
 
 
-def check_memory(abstract: Any, shardings: Any, mesh: Mesh) -> None:
+def check_memory(model: Model, mesh: Mesh) -> None:
     """ValueError where a device has not the memory for its part of the parameters: by how much, and what would help.
 
-    abstract: shapes and dtypes; shardings: how each lies on the mesh. A device that does not tell its memory is taken
-    to have enough.
+    A device that does not tell its memory is taken to have enough.
     """
     limit = memory_limit(mesh)
     if limit is None:
         return
-    needed = bytes_per_device(abstract, shardings)
+    abstract, shardings = model.abstract_params, param_shardings(model, mesh)
+    parts = stages(model.config, mesh)
+    needed = max(bytes_per_device(stage.part(abstract), stage.part(shardings)) for stage in parts)
+    where = "every device" if len(parts) == 1 else "a device of the fullest stage"
+    axes = "tensor or fsdp" if len(parts) == len(cut_points(model.config)) else "tensor, fsdp or stage"
     if needed > limit:
         raise ValueError(
-            f"the parameters take {needed / 2**30:.3g} GiB on every device of mesh {dict(mesh.shape)}, "
+            f"the parameters take {needed / 2**30:.3g} GiB on {where} of mesh {dict(mesh.shape)}, "
             f"{(needed - limit) / 2**30:.3g} GiB more than the {limit / 2**30:.3g} GiB it has; "
-            f"spread them over {math.ceil(needed / limit)} times as many devices by tensor or fsdp"
+            f"spread them over {math.ceil(needed / limit)} times as many devices by {axes}"
         )
 
 

@@ -83,9 +83,12 @@ class Model:
         `context_len`: the longest sequence this program serves; see layers/rotary.py.
         """
         x, per_layer = self._bind_ends(params).begin(tokens, positions)
-        rotations = tuple(rotation(rope, positions, context_len) for rope in self._ropes)
         split = () if per_layer is None else tuple(per_layer[:, index] for index in range(len(self._layers)))
-        return Stream(x, rotations, split)
+        return Stream(x, self.rotations(positions, context_len=context_len), split)
+
+    def rotations(self, positions: jax.Array, *, context_len: int) -> tuple[Rotation, ...]:
+        """Those of a Stream, for positions int32 [T]."""
+        return tuple(rotation(rope, positions, context_len) for rope in self._ropes)
 
     def layer(
         self,
@@ -158,7 +161,9 @@ class Model:
         return self.logits(params, hidden)
 
     def _bind_ends(self, params: Params) -> Ends:
-        return nnx.merge(self._ends, {name: value for name, value in params.items() if name != "layers"})
+        """Of parameters that are not among `params`, as a stage has only those that it reads, there are but shapes."""
+        every = {**self.abstract_params, **params}
+        return nnx.merge(self._ends, {name: value for name, value in every.items() if name != "layers"})
 
 
 # Layers of one structure are traced once: inside an outer jit these are calls of one and the same function.

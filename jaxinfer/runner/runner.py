@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from jaxinfer.cache.pool import empty_pools
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.models.model import Model, Params
+from jaxinfer.models.stages import Stage
 from jaxinfer.outputs import ScoredTokens
 from jaxinfer.plan import Plan
 from jaxinfer.runner.batch import BatchLayout
 from jaxinfer.runner.program_store import ProgramStore
 from jaxinfer.runner.programs import Programs
-from jaxinfer.runner.segments import segments
 from jaxinfer.runner.step_plan import ScoredPart, StepPlan, StepPlanner
 from jaxinfer.runner.step_programs import StepPrograms
 from jaxinfer.sampling.logprobs import TokenLogprobs
 from jaxinfer.sampling.sampler import SampleOutput
+from jaxinfer.sampling.state import SamplerState
 from jaxinfer.scheduler.schedule import Schedule
 from jaxinfer.scheduler.sequence import Sequence
-from jaxinfer.sharding.spmd import PER_SHARD
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class SentStep:
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step on its way through the devices, with a schedule for every shard."""
+    """A step of one lane on its way through the devices, with a schedule for every shard."""
 
     schedules: tuple[Schedule, ...]
     scored: tuple[ScoredPart, ...]
@@ -94,87 +95,134 @@ def _fetch(scores: TokenLogprobs, shard: int, count: int) -> ScoredTokens:
     return ScoredTokens(*(np.asarray(part)[shard, :count] for part in parts))
 
 
+@dataclass
+class _Lane:
+    """What the devices keep for one lane: page pools, each on its layers' stage, and the last stage's sampler state."""
+
+    planner: StepPlanner
+    pools: list[jax.Array]
+    state: SamplerState
+
+
 class Runner:
-    """The devices' side of an engine: parameters, page pools, sampler state and the compiled programs."""
+    """The devices' side of an engine: parameters, page pools, sampler states and the compiled programs."""
 
     def __init__(
         self, model: Model, params: Params, plan: Plan, metrics: EngineMetrics, kept_in: Path | None = None
     ) -> None:
         self.model = model
         self.plan = plan
-        self._segments = segments(plan)
-        self.set_params(params)
-        store = None if kept_in is None else self._store(kept_in)
-        self._programs = StepPrograms(model, plan, self._ends, self._segment_params, Programs(metrics, store))
-        self._planner = StepPlanner(plan)
-        self._per_shard = NamedSharding(plan.mesh, PER_SHARD)
+        parts = self._parts(params)
+        self._programs = tuple(
+            StepPrograms(model, plan, stage, part, Programs(metrics, self._store(kept_in, stage, part)))
+            for stage, part in zip(plan.stages, parts, strict=True)
+        )
+        self._params = self._split(parts)
+        self._lanes: list[_Lane] = []
         self.reset()
 
-    def execute(self, schedules: Several[Schedule], tables: Several[Several[np.ndarray]]) -> PendingStep:
-        """Send one step: a schedule and page tables for every shard.
+    def execute(self, lane: int, schedules: Several[Schedule], tables: Several[Several[np.ndarray]]) -> PendingStep:
+        """Send one step of a lane: a schedule and page tables for every shard.
 
         `tables` are copied before this returns; nothing waits for the device.
         """
-        step, scored = self._planner.plan(schedules, tables)
+        step, scored = self._lanes[lane].planner.plan(schedules, tables)
         return PendingStep(tuple(schedules), scored, self.send(step))
 
     def send(self, step: StepPlan) -> SentStep:
         """Send a planned step; nothing waits for the device."""
+        lane, programs, (ends, _) = self._lanes[step.lane], self._programs[-1], self._params[-1]
         for new in step.admissions:
             counts, bias = (np.broadcast_to(own, (len(new.slots), *own.shape)) for own in (new.counts, new.bias))
-            self._state = self._programs.admission()(self._state, new.slots, counts, bias)
+            lane.state = programs.admission()(lane.state, new.slots, counts, bias)
         for sources, targets in step.copies:
-            self._pools = self._programs.copier()(self._pools, sources, targets)
-        hidden, sampled_from = self._run_model(self._programs.layout(step.num_tokens), step.batch)
+            lane.pools = [
+                pool
+                for stage in self._programs
+                for pool in stage.copier()(tuple(lane.pools[number] for number in stage.pools), sources, targets)
+            ]
+        hidden, sampled_from = self._run_model(lane, programs.layout(step.num_tokens), step.batch)
         sampled = None
         if step.samples is not None:
-            sampler = self._programs.sampler(step.samples.shape[1])
-            sampled, self._state = sampler(self._ends, self._state, sampled_from, step.samples)
-        scores = tuple(
-            self._programs.scorer(step.num_tokens)(self._ends, hidden, rows, targets) for rows, targets in step.scores
-        )
+            sampler = programs.sampler(step.samples.shape[1])
+            sampled, lane.state = sampler(ends, lane.state, sampled_from, step.samples)
+        scores = tuple(programs.scorer(step.num_tokens)(ends, hidden, rows, targets) for rows, targets in step.scores)
         return SentStep(hidden, sampled, scores)
 
     def set_params(self, params: Params) -> None:
         """Use these parameters from the next step on; shaped as the model's, on their devices."""
-        layers = params["layers"]
-        self._ends = {name: value for name, value in params.items() if name != "layers"}
-        self._segment_params = tuple(
-            tuple(layers[str(index)] for index in segment.layers) for segment in self._segments
-        )
+        self._params = self._split(self._parts(params))
 
     def warm_up(self) -> None:
         """Compile every program."""
-        self._programs.make_all()
+        for programs in self._programs:
+            programs.make_all()
 
     def reset(self) -> None:
-        """Fresh pools and sampler state: at the start, and after a failed step may have left them unusable."""
-        self._pools = empty_pools(self._programs.pools, lambda leaf: self._programs.zeros("pool", leaf)())
-        self._state = self._programs.zeros("state", self._programs.state)()
+        """Fresh pools and sampler states: at the start, and after a failed step may have left them unusable."""
+        self._lanes.clear()
+        self._lanes += map(self._new_lane, range(self.plan.num_lanes))
 
-    def _run_model(self, layout: BatchLayout, buffer: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    def _new_lane(self, lane: int) -> _Lane:
+        pools: list[jax.Array] = []
+        for programs in self._programs:
+            make = programs.zeros
+            pools += empty_pools(tuple(programs.pools.values()), lambda leaf, make=make: make("pool", leaf)())
+        programs = self._programs[-1]
+        return _Lane(StepPlanner(self.plan, lane), pools, programs.zeros("state", programs.state)())
+
+    def _run_model(self, lane: _Lane, layout: BatchLayout, batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Send all layers over packed batches, one a shard: hidden states [shards, T, D], and those of the rows to
         sample from [shards, S, D]."""
-        words = jax.device_put(buffer, self._per_shard)
-        stream, prepared = self._programs.begin(layout)(self._ends, self._state.last_tokens, words)
-        x, pools = stream.x, list(self._pools)
-        for number, (segment, params) in enumerate(zip(self._segments, self._segment_params, strict=True)):
-            x, updated = self._programs.layers(layout, number)(
-                params,
-                x,
-                tuple(pools[pool] for pool in segment.pools),
-                stream.rotations,
-                tuple(stream.per_layer[index] for index in segment.layers) if stream.per_layer else (),
-                tuple(prepared[kind] for kind in segment.kinds),
-                words,
-            )
-            for pool, array in zip(segment.pools, updated, strict=True):
-                pools[pool] = array
-            self._pools = tuple(pools)
-        return self._programs.end(layout)(self._ends, x, words)
+        x, per_layer, pools = None, (), lane.pools
+        for programs, (ends, layers) in zip(self._programs, self._params, strict=True):
+            own = programs.stage.layers
+            words = jax.device_put(batch, programs.per_shard)
+            if x is None:
+                last_tokens = lane.state.last_tokens
+                if len(self._programs) > 1:
+                    last_tokens = _move(last_tokens, programs.stage.mesh)
+                stream, prepared = programs.begin(layout)(ends, last_tokens, words)
+                x, rotations, per_layer = stream.x, stream.rotations, stream.per_layer
+                inputs = per_layer
+            else:
+                x, inputs = _move((x, per_layer[own.start : own.stop]), programs.stage.mesh)
+                rotations, prepared = programs.resume(layout)(words)
+            for number, (segment, params) in enumerate(zip(programs.segments, layers, strict=True)):
+                first = segment.layers[0] - own.start
+                x, updated = programs.layers(layout, number)(
+                    params,
+                    x,
+                    tuple(pools[pool] for pool in segment.pools),
+                    rotations,
+                    inputs[first : first + len(segment.layers)],
+                    tuple(prepared[kind] for kind in segment.kinds),
+                    words,
+                )
+                for pool, array in zip(segment.pools, updated, strict=True):
+                    pools[pool] = array
+        return self._programs[-1].end(layout)(self._params[-1][0], x, words)
 
-    def _store(self, directory: Path) -> ProgramStore:
-        params = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), (self._ends, self._segment_params))
+    def _parts(self, params: Params) -> list[Params]:
+        """The parameters of each stage, on its devices: embeddings that are the head's weights too come from the first
+        stage's to the last one's."""
+        parts = [stage.part(params) for stage in self.plan.stages]
+        if len(parts) > 1 and self.model.config.tie_embeddings:
+            parts[-1]["embed"] = _move(params["embed"], self.plan.stages[-1].mesh)
+        return parts
+
+    def _split(self, parts: list[Params]) -> tuple[tuple[Params, tuple[Any, ...]], ...]:
+        return tuple(programs.split(part) for programs, part in zip(self._programs, parts, strict=True))
+
+    def _store(self, directory: Path | None, stage: Stage, part: Params) -> ProgramStore | None:
+        if directory is None:
+            return None
+        params = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), part)
         plan = replace(self.plan, seed=0, enable_prefix_caching=True)  # no program reads these
-        made_from = plan, self.model.config, self.model.dtype, self.model.fused, params
-        return ProgramStore(directory, plan.mesh, repr(made_from))
+        made_from = plan, stage, self.model.config, self.model.dtype, self.model.fused, params
+        return ProgramStore(directory, stage.mesh, repr(made_from))
+
+
+def _move(arrays: Any, mesh: Mesh) -> Any:
+    """Arrays on one stage's mesh to the same places of another's; nothing waits for them."""
+    return jax.device_put(arrays, jax.tree.map(lambda array: NamedSharding(mesh, array.sharding.spec), arrays))

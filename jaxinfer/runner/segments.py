@@ -18,7 +18,7 @@ _LENGTHS = range(4, 9)
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive layers. pools: the pools they read or write. kinds: what their attention is prepared for.
+    """Consecutive layers of a stage. pools: the pools they read or write. kinds: what their attention is prepared for.
 
     function: equal for two segments that are the same function of their layers' parameters and pools.
     """
@@ -34,9 +34,9 @@ def attention_kinds(plan: Plan) -> tuple[tuple[AttentionCase, int], ...]:
     return tuple(dict.fromkeys((layer.case, layer.group) for layer in plan.layers))
 
 
-def segments(plan: Plan) -> tuple[Segment, ...]:
-    """All layers, in order, in segments of the length for which the fewest layers are compiled."""
-    cuts = [_cut(plan, length) for length in _LENGTHS]
+def segments(plan: Plan, layers: range) -> tuple[Segment, ...]:
+    """A stage's layers, in order, in segments of the length for which the fewest layers are compiled."""
+    cuts = [_cut(plan, layers, length) for length in _LENGTHS]
     return min(cuts, key=lambda cut: (sum(len(layers) for layers in _distinct(cut).values()), len(cut)))
 
 
@@ -44,9 +44,8 @@ def _distinct(cut: tuple[Segment, ...]) -> dict[Hashable, tuple[int, ...]]:
     return {segment.function: segment.layers for segment in cut}
 
 
-def _cut(plan: Plan, length: int) -> tuple[Segment, ...]:
-    layers = tuple(range(len(plan.layers)))
-    return tuple(_segment(plan, layers[first : first + length]) for first in range(0, len(layers), length))
+def _cut(plan: Plan, layers: range, length: int) -> tuple[Segment, ...]:
+    return tuple(_segment(plan, tuple(layers[first : first + length])) for first in range(0, len(layers), length))
 
 
 def _segment(plan: Plan, layers: tuple[int, ...]) -> Segment:

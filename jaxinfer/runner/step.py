@@ -32,10 +32,21 @@ def begin(
     batch = layout.unpack(buffer)
     from_slot = last_tokens[jnp.maximum(batch.token_slots, 0)]
     tokens = jnp.where(batch.token_slots >= 0, from_slot, batch.tokens)
-    backends = {(layer.case, layer.group): layer.backend for layer in plan.layers}
-    prepared = tuple(backends[kind].prepare(kind[0], batch, kind[1]) for kind in attention_kinds(plan))
     stream = model.begin(gather_stored(ends, cuts), tokens, batch.positions, context_len=plan.max_model_len)
-    return stream, prepared
+    return stream, _prepare(plan, batch)
+
+
+def resume(
+    model: Model, plan: Plan, layout: BatchLayout, buffer: jax.Array
+) -> tuple[tuple[Rotation, ...], tuple[Any, ...]]:
+    """What `begin` makes of a packed batch, but for what comes from the stage before: rotations, prepared."""
+    batch = layout.unpack(buffer)
+    return model.rotations(batch.positions, context_len=plan.max_model_len), _prepare(plan, batch)
+
+
+def _prepare(plan: Plan, batch: DeviceBatch) -> tuple[Any, ...]:
+    backends = {(layer.case, layer.group): layer.backend for layer in plan.layers}
+    return tuple(backends[kind].prepare(kind[0], batch, kind[1]) for kind in attention_kinds(plan))
 
 
 def run_layers(

@@ -34,6 +34,7 @@ class Admission:
 class StepPlan:
     """All that the devices are told of one step, in the order in which they are told. Arrays are int32, by shard.
 
+    lane        whose page pools and sampler state the step is for (scheduler/shards.py)
     admissions  dense rows of the sampler's state, for sequences that are new in their slot
     copies      pairs of pages to copy, sources and targets [2, shards, groups, max_num_seqs]
     num_tokens  the token bucket
@@ -42,6 +43,7 @@ class StepPlan:
     scores      rows and targets of prompt tokens to score [2, shards, SCORED_ROWS]
     """
 
+    lane: int
     admissions: tuple[Admission, ...]
     copies: tuple[np.ndarray, ...]
     num_tokens: int
@@ -61,10 +63,11 @@ class ScoredPart:
 
 
 class StepPlanner:
-    """Turns schedules into step plans; knows each slot's sampling parameters."""
+    """Turns the schedules of a lane into step plans; knows each slot's sampling parameters."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, lane: int) -> None:
         self._plan = plan
+        self._lane = lane
         self._tables = [SamplingTable(plan.max_num_seqs) for _ in range(plan.num_shards)]
 
     def plan(
@@ -84,7 +87,8 @@ class StepPlanner:
         samples = self._samples(schedules) if has_samples else None
         scored = [part for shard, schedule in enumerate(schedules) for part in _scored(shard, schedule)]
         scores = tuple(self._scores(part, row) for part, row in scored)
-        step = StepPlan(tuple(admissions), self._copies(schedules), num_tokens, batch, samples, scores)
+        copies = self._copies(schedules)
+        step = StepPlan(self._lane, tuple(admissions), copies, num_tokens, batch, samples, scores)
         return step, tuple(part for part, _ in scored)
 
     def _admission(self, shard: int, slot: int, sequence: Sequence) -> Admission | None:

@@ -1,7 +1,8 @@
-"""The compiled programs of a step, for every bucket: what they are made of, and how their arrays lie on the mesh.
+"""The compiled programs of a stage, for every bucket: what they are made of, and how their arrays lie on its mesh.
 
 For each token bucket one that begins, one that ends and one for each kind of segment (segments.py); one sampler for
 each row bucket, one scorer of prompt tokens for each token bucket that needs it, one page copier, one admission.
+Where there are several stages, only the first begins, only the last ends and samples, and the others resume.
 Everything is made from shapes: neither parameters nor devices need to be there.
 """
 
@@ -13,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.cache.pool import abstract_pools, copy_pages
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import Model, Params, Stream
+from jaxinfer.models.stages import Stage
 from jaxinfer.ops.matmul import compiler_options
 from jaxinfer.plan import Plan
 from jaxinfer.runner import step
@@ -41,24 +43,32 @@ from jaxinfer.sharding.spmd import (
 
 
 class StepPrograms:
-    """Programs of one model and plan; each is compiled, or loaded, when it is first asked for.
+    """Programs of one stage of a model and plan; each is compiled, or loaded, when it is first asked for.
 
-    ends: the parameters of all but the layers. layers: those of each segment's layers. Of both only shapes and
-    shardings are read.
+    params: the stage's part of the parameters, of which only shapes and shardings are read. pools: of the pools that
+    the stage's layers own, by number.
     """
 
-    def __init__(self, model: Model, plan: Plan, ends: Any, layers: tuple[Any, ...], programs: Programs) -> None:
-        self.segments = segments(plan)
-        self.pools = abstract_pools(plan, NamedSharding(plan.mesh, PER_DEVICE))
-        self.state = self._initial_state(model, plan)
+    def __init__(self, model: Model, plan: Plan, stage: Stage, params: Params, programs: Programs) -> None:
+        self.stage = stage
+        self.segments = segments(plan, stage.layers)
+        self.per_shard = NamedSharding(stage.mesh, PER_SHARD)
+        pools = abstract_pools(plan, NamedSharding(stage.mesh, PER_DEVICE))
+        self.pools = {pool: pools[pool] for pool in sorted({plan.layers[index].pool for index in stage.layers})}
+        self.state = self._initial_state(model, plan, stage.mesh)
         self._model, self._plan, self._programs = model, plan, programs
-        self._ends, self._layers = ends, layers
-        self._platform = plan.mesh.devices.flat[0].platform
+        self._ends, self._layers = self.split(params)
+        self._platform = stage.mesh.devices.flat[0].platform
         functions = [segment.function for segment in self.segments]
         self._same_as = [functions.index(function) for function in functions]
-        self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what its `begin` returns, once traced
-        head = specs(ends["embed" if model.config.tie_embeddings else "lm_head"]["weight"])
-        self._logits = PartitionSpec(SHARDS, None, *head[:1])
+        self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what enters its layers, once traced
+        self._is_first, self._is_last = stage.layers.start == 0, stage.layers.stop == len(plan.layers)
+
+    def split(self, params: Params) -> tuple[Params, tuple[Any, ...]]:
+        """The stage's part of the parameters as its programs take them: all but the layers, and by segment these."""
+        ends = {name: value for name, value in params.items() if name != "layers"}
+        layers = params["layers"]
+        return ends, tuple(tuple(layers[str(index)] for index in segment.layers) for segment in self.segments)
 
     def layout(self, num_tokens: int) -> BatchLayout:
         return BatchLayout(num_tokens, self._plan.max_num_seqs, self._plan.table_widths)
@@ -67,15 +77,20 @@ class StepPrograms:
         """Every program that serving can need; afterwards nothing compiles."""
         for num_tokens in self._plan.token_buckets:
             layout = self.layout(num_tokens)
-            self.begin(layout)
+            if self._is_first:
+                self.begin(layout)
+            else:
+                self.resume(layout)
             for number in range(len(self.segments)):
                 self.layers(layout, number)
-            self.end(layout)
-            self.scorer(num_tokens)
-        for num_rows in self._plan.sequence_buckets:
-            self.sampler(num_rows)
+            if self._is_last:
+                self.end(layout)
+                self.scorer(num_tokens)
         self.copier()
-        self.admission()
+        if self._is_last:
+            for num_rows in self._plan.sequence_buckets:
+                self.sampler(num_rows)
+            self.admission()
 
     def zeros(self, name: str, leaves: Any) -> Any:
         """() -> zeros of the leaves' shapes, where they lie."""
@@ -97,10 +112,21 @@ class StepPrograms:
         function = partial(step.begin, self._model, self._plan, layout, cuts)
         run = self._jit(function, (cuts, PER_SHARD, PER_SHARD), PER_SHARD)
         traced = run.trace(self._ends, self.state.last_tokens, self._buffer(layout))
-        here = NamedSharding(self._plan.mesh, PER_SHARD)
-        self._begun[layout.num_tokens] = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), traced.out_info
-        )
+        self._begun[layout.num_tokens] = self._here(traced.out_info)
+        return traced
+
+    def resume(self, layout: BatchLayout) -> Any:
+        """(buffers) -> rotations, prepared: on a stage that is not the first."""
+        return self._programs.get(("resume", layout.num_tokens), lambda: self._trace_resume(layout).lower())
+
+    def _trace_resume(self, layout: BatchLayout) -> jax.stages.Traced:
+        function = partial(step.resume, self._model, self._plan, layout)
+        traced = self._jit(function, (PER_SHARD,), PER_SHARD).trace(self._buffer(layout))
+        rotations, prepared = self._here(traced.out_info)
+        width = self._model.config.per_layer_input_dim
+        per_layer = (self._per_shard((layout.num_tokens, width), self._plan.dtype),) * len(self.stage.layers)
+        stream = Stream(self._hidden(layout.num_tokens), rotations, per_layer if width else ())
+        self._begun[layout.num_tokens] = stream, prepared
         return traced
 
     def layers(self, layout: BatchLayout, number: int) -> Any:
@@ -111,7 +137,7 @@ class StepPrograms:
 
         def lower() -> jax.stages.Lowered:
             if layout.num_tokens not in self._begun:  # `begin` came from the store
-                self._trace_begin(layout)
+                (self._trace_begin if self._is_first else self._trace_resume)(layout)
             stream, prepared = self._begun[layout.num_tokens]
             cuts = specs(self._layers[number])
             function = partial(step.run_layers, self._model, self._plan, layout, segment, cuts)
@@ -146,12 +172,12 @@ class StepPrograms:
         def run(ends: Any, state: SamplerState, hidden: jax.Array, words: jax.Array) -> tuple[SampleOutput, Any]:
             cuts = specs(self._ends)
             function = partial(step.logits, self._model, num_rows, cuts)
-            logits = each_device(function, self._plan.mesh, (cuts, PER_SHARD), self._logits)(ends, hidden)
-            draw = each_shard(lambda *given: sample(given[0], given[1], SamplingRows(given[2])), self._plan.mesh, 3)
+            logits = each_device(function, self.stage.mesh, (cuts, PER_SHARD), self._logits)(ends, hidden)
+            draw = each_shard(lambda *given: sample(given[0], given[1], SamplingRows(given[2])), self.stage.mesh, 3)
             return draw(logits, state, words)
 
         def lower() -> jax.stages.Lowered:
-            outputs = (NamedSharding(self._plan.mesh, PER_SHARD), jax.tree.map(lambda leaf: leaf.sharding, self.state))
+            outputs = (self.per_shard, jax.tree.map(lambda leaf: leaf.sharding, self.state))
             jitted = jax.jit(run, donate_argnums=1, out_shardings=outputs)
             words = self._per_shard((num_rows, NUM_COLUMNS))
             return jitted.lower(self._ends, self.state, self._hidden(self._plan.max_num_seqs), words)
@@ -165,20 +191,20 @@ class StepPrograms:
             cuts = specs(self._ends)
             function = partial(step.logits_of, self._model, cuts)
             inputs = (cuts, PER_SHARD, PER_SHARD)
-            logits = each_device(function, self._plan.mesh, inputs, self._logits)(ends, hidden, rows)
-            return each_shard(score, self._plan.mesh, 2)(logits, targets)
+            logits = each_device(function, self.stage.mesh, inputs, self._logits)(ends, hidden, rows)
+            return each_shard(score, self.stage.mesh, 2)(logits, targets)
 
         def lower() -> jax.stages.Lowered:
             rows = self._per_shard((SCORED_ROWS,))
-            jitted = jax.jit(run, out_shardings=NamedSharding(self._plan.mesh, PER_SHARD))
+            jitted = jax.jit(run, out_shardings=self.per_shard)
             return jitted.lower(self._ends, self._hidden(num_tokens), rows, rows)
 
         return self._programs.get(("scorer", num_tokens), lower, self._options(SCORED_ROWS))
 
     def copier(self) -> Any:
-        """(pools, source pages, target pages) -> pools."""
+        """(the stage's pools, source pages, target pages) -> its pools."""
         groups = {layer.pool: layer.group for layer in self._plan.layers}
-        group_of_pool = tuple(groups[pool] for pool in range(len(groups)))
+        group_of_pool = tuple(groups[pool] for pool in self.pools)
 
         def copy(pools: Any, sources: jax.Array, targets: jax.Array) -> Any:
             return copy_pages(pools, group_of_pool, sources, targets)
@@ -186,7 +212,7 @@ class StepPrograms:
         def lower() -> jax.stages.Lowered:
             pairs = self._per_shard((len(self._plan.groups), self._plan.max_num_seqs))
             run = self._jit(copy, (PER_DEVICE, PER_SHARD, PER_SHARD), PER_DEVICE, donate=(0,))
-            return run.lower(self.pools, pairs, pairs)
+            return run.lower(tuple(self.pools.values()), pairs, pairs)
 
         return self._programs.get("page copier", lower)
 
@@ -196,14 +222,14 @@ class StepPrograms:
         def lower() -> jax.stages.Lowered:
             size = self._model.config.vocab_size
             outputs = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-            jitted = jax.jit(each_shard(admit, self._plan.mesh, 4), donate_argnums=0, out_shardings=outputs)
+            jitted = jax.jit(each_shard(admit, self.stage.mesh, 4), donate_argnums=0, out_shardings=outputs)
             counts, bias = self._per_shard((size,)), self._per_shard((size,), np.float32)
             return jitted.lower(self.state, self._per_shard(()), counts, bias)
 
         return self._programs.get("admission", lower)
 
     def _jit(self, function: Any, inputs: tuple[Any, ...], outputs: Any, donate: tuple[int, ...] = ()) -> Any:
-        mesh = self._plan.mesh
+        mesh = self.stage.mesh
         run = each_device(function, mesh, inputs, outputs)
         return jax.jit(run, donate_argnums=donate, out_shardings=shardings(mesh, outputs))
 
@@ -212,8 +238,15 @@ class StepPrograms:
         return compiler_options(num_rows, self._platform, with_attention=with_attention, with_experts=with_experts)
 
     def _per_shard(self, shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        here = NamedSharding(self._plan.mesh, PER_SHARD)
-        return jax.ShapeDtypeStruct((self._plan.num_shards, *shape), dtype, sharding=here)
+        return jax.ShapeDtypeStruct((self._plan.num_shards, *shape), dtype, sharding=self.per_shard)
+
+    def _here(self, shapes: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.per_shard), shapes)
+
+    @property
+    def _logits(self) -> PartitionSpec:
+        head = specs(self._ends["embed" if self._model.config.tie_embeddings else "lm_head"]["weight"])
+        return PartitionSpec(SHARDS, None, *head[:1])
 
     def _buffer(self, layout: BatchLayout) -> jax.ShapeDtypeStruct:
         return self._per_shard((layout.size,))
@@ -222,14 +255,14 @@ class StepPrograms:
         return self._per_shard((num_rows, self._model.config.hidden_size), self._plan.dtype)
 
     @staticmethod
-    def _initial_state(model: Model, plan: Plan) -> SamplerState:
+    def _initial_state(model: Model, plan: Plan, mesh: Mesh) -> SamplerState:
         """Shapes of the sampler's state: slots by shard, and a slot's rows cut as the vocabulary is."""
         shapes = jax.eval_shape(partial(init_state, plan.max_num_seqs, model.config.vocab_size))
 
         def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-            dense = leaf.ndim > 1 and leaf.shape[1] % plan.mesh.shape["tensor"] == 0
+            dense = leaf.ndim > 1 and leaf.shape[1] % mesh.shape["tensor"] == 0
             spec = PartitionSpec(SHARDS, None, "tensor") if dense else PER_SHARD
             shape = (plan.num_shards, *leaf.shape)
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(plan.mesh, spec))
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
         return jax.tree.map(placed, shapes)

@@ -1,8 +1,10 @@
-"""Several schedulers as one: data parallelism. Each shard of the mesh has pages, slots and a scheduler of its own.
+"""Several schedulers as one. Each shard of the mesh (data parallelism) has pages, slots and a scheduler of its own, and
+has them once for each lane (pipeline parallelism). Lanes are batches in flight: while one is in the last stage, another
+is in the stage before. They take turns with steps, and share no sequences.
 
-A request stays on the shard it is placed on when it is added: one with a free slot, where there is one, and of those
-the one with the least to do: the tokens of its sequences, when they are as long as they may become, less those of the
-new prompt that its prefix cache has. Priorities hold within a shard. Imports no jax.
+A request stays on the shard and lane it is placed on when it is added: one with a free slot, where there is one, and of
+those the one with the least to do: the tokens of its sequences, when they are as long as they may become, less those of
+the new prompt that its prefix cache has. Priorities hold within a shard and lane. Imports no jax.
 """
 
 from __future__ import annotations
@@ -24,23 +26,30 @@ NOTHING = Schedule(
 
 
 class ShardedScheduler:
-    """The methods of `Scheduler`; a step is a tuple of schedules, one a shard, NOTHING where a shard has none."""
+    """The methods of `Scheduler`; a step is a tuple of schedules, one a shard, NOTHING where a shard has none.
 
-    def __init__(self, schedulers: SequenceOf[Scheduler]) -> None:
+    schedulers: those of lane 0, shard by shard, then those of lane 1.
+    """
+
+    def __init__(self, schedulers: SequenceOf[Scheduler], num_lanes: int = 1) -> None:
         self._schedulers = tuple(schedulers)
-        self._shard_of: dict[str, int] = {}
+        self._num_shards = len(self._schedulers) // num_lanes
+        self._place_of: dict[str, int] = {}  # of a request, which of the schedulers has it
+
+    def _of(self, lane: int) -> tuple[Scheduler, ...]:
+        return self._schedulers[lane * self._num_shards : (lane + 1) * self._num_shards]
 
     def add(self, *samples: Sequence) -> None:
-        shard = self._place(samples[0])
-        self._schedulers[shard].add(*samples)
-        self._shard_of[samples[0].request_id] = shard
+        place = self._place(samples[0])
+        self._schedulers[place].add(*samples)
+        self._place_of[samples[0].request_id] = place
 
     def _place(self, sequence: Sequence) -> int:
-        """The shard with the least to do; of equals the first."""
+        """The scheduler with the least to do; of equals the first."""
         if len(self._schedulers) == 1:
             return 0
-        if sequence.request_id in self._shard_of:  # whose scheduler will refuse it
-            return self._shard_of[sequence.request_id]
+        if sequence.request_id in self._place_of:  # which will refuse it
+            return self._place_of[sequence.request_id]
         loads = []
         for scheduler in self._schedulers:
             manager, num_cached = scheduler.manager, 0
@@ -51,30 +60,30 @@ class ShardedScheduler:
         return loads.index(min(loads))
 
     def abort(self, request_id: str) -> list[Sequence]:
-        shard = self._shard_of.get(request_id)
-        ended = [] if shard is None else self._schedulers[shard].abort(request_id)
+        place = self._place_of.get(request_id)
+        ended = [] if place is None else self._schedulers[place].abort(request_id)
         self._forget(request_id)
         return ended
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
-        self._schedulers[self._shard_of[sequence.request_id]].finish(sequence, reason, stop_reason)
+        self._schedulers[self._place_of[sequence.request_id]].finish(sequence, reason, stop_reason)
         self._forget(sequence.request_id)
 
     def _forget(self, request_id: str) -> None:
-        shard = self._shard_of.get(request_id)
-        if shard is not None and not self._schedulers[shard].is_live(request_id):
-            del self._shard_of[request_id]
+        place = self._place_of.get(request_id)
+        if place is not None and not self._schedulers[place].is_live(request_id):
+            del self._place_of[request_id]
 
-    def schedule(self, now: float = 0.0) -> tuple[Schedule, ...] | None:
-        schedules = [scheduler.schedule(now) for scheduler in self._schedulers]
+    def schedule(self, now: float = 0.0, lane: int = 0) -> tuple[Schedule, ...] | None:
+        schedules = [scheduler.schedule(now) for scheduler in self._of(lane)]
         if all(schedule is None for schedule in schedules):
             return None
         return tuple(schedule or NOTHING for schedule in schedules)
 
-    def commit(self, shard: int, schedule: Schedule, token_ids: np.ndarray) -> list[SequenceUpdate]:
+    def commit(self, shard: int, schedule: Schedule, token_ids: np.ndarray, lane: int = 0) -> list[SequenceUpdate]:
         if schedule is NOTHING:
             return []
-        updates = self._schedulers[shard].commit(schedule, token_ids)
+        updates = self._of(lane)[shard].commit(schedule, token_ids)
         for update in updates:
             if update.finish_reason is not None:
                 self._forget(update.sequence.request_id)
@@ -92,16 +101,16 @@ class ShardedScheduler:
     def num_waiting(self) -> int:
         return sum(scheduler.num_waiting for scheduler in self._schedulers)
 
-    def has_unfinished(self) -> bool:
-        return any(scheduler.has_unfinished() for scheduler in self._schedulers)
+    def has_unfinished(self, lane: int | None = None) -> bool:
+        schedulers = self._schedulers if lane is None else self._of(lane)
+        return any(scheduler.has_unfinished() for scheduler in schedulers)
 
-    @property
-    def tables(self) -> list[list[np.ndarray]]:
+    def tables(self, lane: int = 0) -> list[list[np.ndarray]]:
         """Page tables, by shard and group."""
-        return [scheduler.manager.tables for scheduler in self._schedulers]
+        return [scheduler.manager.tables for scheduler in self._of(lane)]
 
     def stats(self) -> SchedulerStats:
-        """Sums over the shards."""
+        """Sums over the shards and lanes."""
         stats = [scheduler.stats() for scheduler in self._schedulers]
         return SchedulerStats(
             num_running=sum(own.num_running for own in stats),
@@ -118,9 +127,9 @@ class ShardedScheduler:
         )
 
     def check_integrity(self) -> None:
-        """AssertionError unless every shard's books agree, and each request is where it is said to be."""
+        """AssertionError unless all books agree, and each request is where it is said to be."""
         for scheduler in self._schedulers:
             scheduler.check_integrity()
-        for request_id, shard in self._shard_of.items():
-            assert self._schedulers[shard].is_live(request_id)
-        assert sum(scheduler.num_live_requests for scheduler in self._schedulers) == len(self._shard_of)
+        for request_id, place in self._place_of.items():
+            assert self._schedulers[place].is_live(request_id)
+        assert sum(scheduler.num_live_requests for scheduler in self._schedulers) == len(self._place_of)

@@ -123,7 +123,7 @@ class DeviceOnly:
 
     def wait(self) -> None:
         """Until all that was sent is computed."""
-        self.runner._state.last_tokens.block_until_ready()
+        self.runner._lanes[0].state.last_tokens.block_until_ready()
 
     def seconds_per_step(self, count: int) -> float:
         """The pools and the sampler's state are as before: the step writes what it wrote.

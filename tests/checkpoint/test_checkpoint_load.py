@@ -16,6 +16,7 @@ from jaxinfer.checkpoint.load import load_params, splits_into
 from jaxinfer.checkpoint.reader import CheckpointReader
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families.base import Family, Source
+from jaxinfer.sharding.rules import param_shardings
 from tests.sharding.run_on_devices import run_on_devices
 
 N, K, H, D, F, V, E = 4, 2, 3, 8, 12, 20, 4
@@ -120,13 +121,14 @@ def family_of(sources: dict[str, Source], ignored: tuple[str, ...] = ()) -> Fami
     return Family((), lambda _: NO_CONFIG, lambda _: sources, aliases=(("", "model."),), ignored=ignored)
 
 
-def load(directory: Path, ignored: tuple[str, ...] = (), wanted: Any = np.float32, **kwargs: Any) -> dict[str, Any]:
+def load(directory: Path, ignored: tuple[str, ...] = (), wanted: Any = np.float32, mesh: Any = None) -> dict[str, Any]:
     import jax
 
     _, abstract, axes, sources = tiny()
     abstract = jax.tree.map(lambda leaf: leaf.update(dtype=wanted), abstract)
+    shardings = None if mesh is None else param_shardings(abstract, axes, mesh)
     with CheckpointReader(directory) as reader:
-        return flat(load_params(reader, abstract, axes, family_of(sources, ignored), NO_CONFIG, **kwargs))
+        return flat(load_params(reader, abstract, family_of(sources, ignored), NO_CONFIG, shardings))
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -197,12 +199,11 @@ with CheckpointReader({directory!r}) as reader:
     if {stacked}:
         shapes = {{"w0.*": (6, *shapes["w0.0"][::-1]), "w1.*": (6, *shapes["w1.0"][::-1])}}
     abstract = {{name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}}
-    axes = {{name: (None,) * len(shape) for name, shape in shapes.items()}}
     before = memory("VmRSS")
     sources = {{name: Source(name, transpose={stacked}, stacked={stacked}) for name in abstract}}
     config = ModelConfig("test", 1, 1, 1, ())
     family = Family((), lambda _: config, lambda _: sources)
-    params = load_params(reader, abstract, axes, family, config)
+    params = load_params(reader, abstract, family, config)
     peak = memory("VmHWM") - before
     total = sum(array.nbytes for array in params.values())
 print(peak / total)
@@ -307,11 +308,11 @@ def packed(blocks: tuple[int, ...], scales: tuple[int, ...]) -> dict[str, np.nda
 def load_packed(directory: Path, **fields: Any) -> np.ndarray:
     import jax
 
-    abstract, axes = {"w": jax.ShapeDtypeStruct((E, 64, 6), np.float32)}, {"w": ("experts", "embed", "ffn")}
+    abstract = {"w": jax.ShapeDtypeStruct((E, 64, 6), np.float32)}
     sources = {"w": Source("w", stacked=True, **fields)}
     family = Family((), lambda _: NO_CONFIG, lambda _: sources)
     with CheckpointReader(directory) as reader:
-        return np.asarray(load_params(reader, abstract, axes, family, NO_CONFIG)["w"])
+        return np.asarray(load_params(reader, abstract, family, NO_CONFIG)["w"])
 
 
 def test_packed_numbers(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_round_trip(tmp_path: Path, saved: Any, wanted: Any) -> None:
     save_orbax(tmp_path, params)
     assert is_orbax(tmp_path)
     assert is_orbax(tmp_path / "params")
-    loaded = load_orbax(tmp_path, abstract_of(SHAPES, wanted), AXES)
+    loaded = load_orbax(tmp_path, abstract_of(SHAPES, wanted))
     want = jax.tree.map(lambda leaf: leaf.astype(wanted), params)
     jax.tree.map(np.testing.assert_array_equal, loaded, want)
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(wanted)}
@@ -51,10 +51,10 @@ from jaxinfer.sharding.rules import param_shardings
 params = make_params()
 save_orbax({directory!r}, jax.device_put(params, param_shardings(params, AXES, make_mesh("tensor=4"))))
 for spec in ("tensor=2,fsdp=2", "fsdp=4", None):
-    mesh = make_mesh(spec)
-    loaded = load_orbax({directory!r}, abstract_of(SHAPES), AXES, mesh)
+    shardings = param_shardings(params, AXES, make_mesh(spec))
+    loaded = load_orbax({directory!r}, abstract_of(SHAPES), shardings)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == param_shardings(params, AXES, mesh), spec
+    assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == shardings, spec
 print("every layout agrees")
 """
 
@@ -73,19 +73,18 @@ def test_restored_into_another_layout(tmp_path: Path) -> None:
 )
 def test_parameters_that_do_not_fit(tmp_path: Path, shapes: dict[str, tuple[int, ...]], message: str) -> None:
     save_orbax(tmp_path, make_params())
-    axes = {name: {"weight": (None,) * len(shape)} for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=message):
-        load_orbax(tmp_path, abstract_of(shapes), axes)
+        load_orbax(tmp_path, abstract_of(shapes))
 
 
 def test_damage_and_absence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no Orbax checkpoint"):
-        load_orbax(tmp_path, abstract_of(SHAPES), AXES)
+        load_orbax(tmp_path, abstract_of(SHAPES))
     save_orbax(tmp_path, make_params())
     for file in (tmp_path / "params").rglob("d/*"):
         file.unlink()
     with pytest.raises(ValueError, match="Orbax cannot read it") as error:
-        load_orbax(tmp_path, abstract_of(SHAPES), AXES)
+        load_orbax(tmp_path, abstract_of(SHAPES))
     assert "\n" not in str(error.value)
 
 

@@ -34,9 +34,9 @@ def load(directory: Path) -> tuple[Model, dict[str, Any]]:
     family, config = resolve(json.loads((directory / "config.json").read_text()))
     model = Model(config)
     if is_orbax(directory):
-        return model, load_orbax(directory, model.abstract_params, model.logical_axes)
+        return model, load_orbax(directory, model.abstract_params)
     with CheckpointReader(directory) as reader:
-        return model, load_params(reader, model.abstract_params, model.logical_axes, family, config)
+        return model, load_params(reader, model.abstract_params, family, config)
 
 
 def test_a_score_bias_is_not_rounded() -> None:
@@ -45,7 +45,7 @@ def test_a_score_bias_is_not_rounded() -> None:
     family, config = resolve(json.loads((directory / "config.json").read_text()))
     model = Model(config, jnp.bfloat16)
     with CheckpointReader(directory) as reader:
-        params = load_params(reader, model.abstract_params, model.logical_axes, family, config)
+        params = load_params(reader, model.abstract_params, family, config)
     assert {path for path, leaf in by_path(params).items() if leaf.dtype != jnp.bfloat16} == {
         f"layers/{index}/mlp/router/score_bias" for index, layer in enumerate(config.layers) if layer.experts
     }

@@ -28,7 +28,7 @@ def load(directory: Path) -> tuple[Model, Params]:
     family, config = resolve(json.loads((directory / "config.json").read_text()))
     model = Model(config)
     with CheckpointReader(directory) as reader:
-        return model, load_params(reader, model.abstract_params, model.logical_axes, family, config)
+        return model, load_params(reader, model.abstract_params, family, config)
 
 
 def length_classes(config: ModelConfig, lengths: list[int]) -> dict[int, int]:

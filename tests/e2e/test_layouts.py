@@ -57,7 +57,7 @@ REFUSALS = {
     "tensor=3": "mesh axis tensor=3 neither divides num_kv_heads=2 of layer 0 nor is a multiple of it; "
     "use one of 1, 2, 6",
     "fsdp=7": "mesh axis fsdp=7 does not divide the model's width of 30; use a size that does",
-    "stage=2": "mesh axis stage=2: models are not spread over 'stage'; use data, fsdp, expert, tensor",
+    "stage=5": "mesh axis stage=5: this model has 2 layers; use at most 2",
     "expert=2": "mesh axis expert=2: this model has no experts; use data",
     "data=9": "mesh='data=9' needs 9 devices and 8 are there; choose axis sizes that multiply to 8",
 }
