@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxinfer.models.config import ModelConfig
 
 # Axes that programs are not yet written for.
-_UNUSED_AXES = ("stage", "context")
+_UNUSED_AXES = ("stage",)
 
 
 def check_layout(config: ModelConfig, mesh: Mesh) -> None:
@@ -21,7 +21,7 @@ def check_layout(config: ModelConfig, mesh: Mesh) -> None:
     for axis in _UNUSED_AXES:
         if sizes[axis] > 1:
             raise ValueError(
-                f"mesh axis {axis}={sizes[axis]}: models are not spread over {axis!r}; use data, fsdp, expert, tensor"
+                f"mesh axis {axis}={sizes[axis]}: models are not spread over {axis!r}; use data, fsdp, context, expert, tensor"
             )
     tensor = sizes["tensor"]
     for index, layer in enumerate(config.layers):

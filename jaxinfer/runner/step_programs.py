@@ -27,7 +27,17 @@ from jaxinfer.sampling.logprobs import score
 from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingRows
 from jaxinfer.sampling.sampler import SampleOutput, sample
 from jaxinfer.sampling.state import SamplerState, admit, init_state
-from jaxinfer.sharding.spmd import PER_DEVICE, PER_SHARD, SHARDS, each_device, each_shard, shardings, specs
+from jaxinfer.sharding.spmd import (
+    PER_DEVICE,
+    PER_PLACE,
+    PER_SHARD,
+    ROWS,
+    SHARDS,
+    each_device,
+    each_shard,
+    shardings,
+    specs,
+)
 
 # Prompt positions whose log-probabilities one program computes; their logits take this many rows of the vocabulary.
 SCORED_ROWS = 32
@@ -88,11 +98,12 @@ class StepPrograms:
     def _trace_begin(self, layout: BatchLayout) -> jax.stages.Traced:
         cuts = specs(self._ends)
         function = partial(step.begin, self._model, self._plan, layout, cuts)
-        run = self._jit(function, (cuts, PER_SHARD, PER_SHARD), PER_SHARD)
+        outputs = (ROWS, PER_PLACE)
+        run = self._jit(function, (cuts, PER_SHARD, PER_SHARD), outputs)
         traced = run.trace(self._ends, self.state.last_tokens, self._buffer(layout))
-        here = NamedSharding(self._plan.mesh, PER_SHARD)
-        self._begun[layout.num_tokens] = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), traced.out_info
+        self._begun[layout.num_tokens] = tuple(
+            jax.tree.map(lambda leaf, here=here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), part)
+            for part, here in zip(traced.out_info, shardings(self._plan.mesh, outputs), strict=True)
         )
         return traced
 
@@ -108,8 +119,8 @@ class StepPrograms:
             stream, prepared = self._begun[layout.num_tokens]
             cuts = specs(self._layers[number])
             function = partial(step.run_layers, self._model, self._plan, layout, segment, cuts)
-            inputs = (cuts, PER_SHARD, PER_DEVICE, PER_SHARD, PER_SHARD, PER_SHARD, PER_SHARD)
-            return self._jit(function, inputs, (PER_SHARD, PER_DEVICE), donate=(1, 2)).lower(
+            inputs = (cuts, ROWS, PER_DEVICE, ROWS, ROWS, PER_PLACE, PER_SHARD)
+            return self._jit(function, inputs, (ROWS, PER_DEVICE), donate=(1, 2)).lower(
                 self._layers[number],
                 stream.x,
                 tuple(self.pools[pool] for pool in segment.pools),
@@ -128,8 +139,8 @@ class StepPrograms:
         def lower() -> jax.stages.Lowered:
             cuts = specs(self._ends)
             function = partial(step.end, self._model, layout, cuts)
-            run = self._jit(function, (cuts, PER_SHARD, PER_SHARD), (PER_SHARD, PER_SHARD), donate=(1,))
-            return run.lower(self._ends, self._hidden(layout.num_tokens), self._buffer(layout))
+            run = self._jit(function, (cuts, ROWS, PER_SHARD), (ROWS, PER_SHARD), donate=(1,))
+            return run.lower(self._ends, self._hidden(layout.num_tokens, ROWS), self._buffer(layout))
 
         return self._programs.get(("end", layout.num_tokens), lower)
 
@@ -147,7 +158,7 @@ class StepPrograms:
             outputs = (NamedSharding(self._plan.mesh, PER_SHARD), jax.tree.map(lambda leaf: leaf.sharding, self.state))
             jitted = jax.jit(run, donate_argnums=1, out_shardings=outputs)
             words = self._per_shard((num_rows, NUM_COLUMNS))
-            return jitted.lower(self._ends, self.state, self._hidden(self._plan.max_num_seqs), words)
+            return jitted.lower(self._ends, self.state, self._hidden(self._plan.max_num_seqs, PER_SHARD), words)
 
         return self._programs.get(("sampler", num_rows), lower, self._options(num_rows))
 
@@ -157,14 +168,14 @@ class StepPrograms:
         def run(ends: Any, hidden: jax.Array, rows: jax.Array, targets: jax.Array) -> Any:
             cuts = specs(self._ends)
             function = partial(step.logits_of, self._model, cuts)
-            inputs = (cuts, PER_SHARD, PER_SHARD)
+            inputs = (cuts, ROWS, PER_SHARD)
             logits = each_device(function, self._plan.mesh, inputs, self._logits)(ends, hidden, rows)
             return each_shard(score, self._plan.mesh, 2)(logits, targets)
 
         def lower() -> jax.stages.Lowered:
             rows = self._per_shard((SCORED_ROWS,))
             jitted = jax.jit(run, out_shardings=NamedSharding(self._plan.mesh, PER_SHARD))
-            return jitted.lower(self._ends, self._hidden(num_tokens), rows, rows)
+            return jitted.lower(self._ends, self._hidden(num_tokens, ROWS), rows, rows)
 
         return self._programs.get(("scorer", num_tokens), lower, self._options(SCORED_ROWS))
 
@@ -204,15 +215,17 @@ class StepPrograms:
         with_experts = with_attention and any(layer.experts is not None for layer in self._plan.model.layers)
         return compiler_options(num_rows, self._platform, with_attention=with_attention, with_experts=with_experts)
 
-    def _per_shard(self, shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        here = NamedSharding(self._plan.mesh, PER_SHARD)
+    def _per_shard(
+        self, shape: tuple[int, ...], dtype: Any = np.int32, spec: PartitionSpec = PER_SHARD
+    ) -> jax.ShapeDtypeStruct:
+        here = NamedSharding(self._plan.mesh, spec)
         return jax.ShapeDtypeStruct((self._plan.num_shards, *shape), dtype, sharding=here)
 
     def _buffer(self, layout: BatchLayout) -> jax.ShapeDtypeStruct:
         return self._per_shard((layout.size,))
 
-    def _hidden(self, num_rows: int) -> jax.ShapeDtypeStruct:
-        return self._per_shard((num_rows, self._model.config.hidden_size), self._plan.dtype)
+    def _hidden(self, num_rows: int, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return self._per_shard((num_rows, self._model.config.hidden_size), self._plan.dtype, spec)
 
     @staticmethod
     def _initial_state(model: Model, plan: Plan) -> SamplerState:
