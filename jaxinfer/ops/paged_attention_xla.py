@@ -181,8 +181,12 @@ def _unhoisted(case: AttentionCase, values: jax.Array) -> jax.Array:
 
 def _write(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBatch, metadata: Metadata) -> jax.Array:
     """Put kv [T, kinds, K, H] into the pool."""
-    if case.platform != "cpu":
-        return pool.at[metadata.write_page, :, :, metadata.write_offset].set(kv)
+    if case.platform != "cpu":  # by rows of one head: to write a token's heads at once, XLA would turn the pool around
+        first = metadata.write_page[:, None] * (kv.shape[1] * case.num_kv_heads) * case.page_size
+        heads = jnp.arange(kv.shape[1] * case.num_kv_heads) * case.page_size
+        row = first + heads + metadata.write_offset[:, None]
+        rows = pool.reshape(-1, case.head_dim).at[row.reshape(-1)].set(kv.reshape(-1, case.head_dim))
+        return rows.reshape(pool.shape)
 
     def write_token(token: jax.Array, pool: jax.Array) -> jax.Array:
         entry = lax.dynamic_slice(kv, (token, 0, 0, 0), (1, *kv.shape[1:]))
