@@ -17,7 +17,7 @@ def supports(case: AttentionCase) -> str | None:
     if case.platform != "tpu":
         return f"the platform is {case.platform}, not tpu"
     if case.context > 1:
-        return f"its softmax is whole, and the keys are spread over context={case.context} devices"
+        return f"it gives no log-sum-exp, and the keys are spread over context={case.context} devices"
     return tpu_layout.supports(case)
 
 

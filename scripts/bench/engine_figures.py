@@ -229,7 +229,12 @@ def run_books(
 ) -> None:
     """Schedule requests of (prompt tokens, output tokens) to their ends, as an engine with this plan would."""
     manager = KVCacheManager(
-        plan.groups, plan.num_pages, plan.tokens_per_page, plan.table_widths, plan.max_num_seqs, enable_prefix_caching=False
+        plan.groups,
+        plan.num_pages,
+        plan.tokens_per_page,
+        plan.table_widths,
+        plan.max_num_seqs,
+        enable_prefix_caching=False,
     )
     limits = SchedulerConfig(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_model_len)
     scheduler = Scheduler(limits, manager)
@@ -258,7 +263,8 @@ def waste(num_requests: int = 512, batch: int = 32) -> Iterator[Figure]:
 
     run_books(plan, [(prompt, output) for prompt, output in lengths.tolist()], note)
     yield Figure(
-        f"KV waste, {num_requests} requests of {lengths.sum(1).mean():.0f} tokens (mean), pages of {plan.tokens_per_page}",
+        f"KV waste, {num_requests} requests of {lengths.sum(1).mean():.0f} tokens (mean), "
+        f"pages of {plan.tokens_per_page}",
         f"{unused / held:.1%}",
         "under 4%",
         unused / held < 0.04,

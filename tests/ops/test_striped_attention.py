@@ -53,14 +53,25 @@ def check(ragged: Ragged, name: str) -> jax.Array:
     return pools
 
 
-# Case, T, S, table width, longest cached part. Windows that the devices do not divide, rings, pages of one slot.
+# Case, T, S, table width, longest cached part. Few, so that few programs are compiled: windows that the devices do not
+# divide (rings), pages of one slot, more rows than are tiled at once, what a GPU does where a CPU does otherwise.
 KINDS = (
     (make_case(context=2), 16, 6, 9, 40),
-    (make_case(num_heads=6, num_kv_heads=1, head_dim=5, page_size=3, soft_cap=2.0, context=4), 24, 3, 6, 36),
-    (make_case(num_heads=3, num_kv_heads=3, page_size=8, window=20, context=3), 150, 20, 9, 200),  # ring
-    (make_case(page_size=1, window=3, has_sinks=True, context=4), 16, 8, 6, 60),  # ring
-    (make_case(page_size=2, window=9, platform="gpu", context=4), 8, 5, 5, 30),
-    (make_case(num_heads=3, num_kv_heads=1, head_dim=9, latent_dim=8, page_size=2, context=2), 8, 4, 14, 40),
+    (
+        make_case(num_heads=6, num_kv_heads=1, head_dim=5, page_size=3, soft_cap=2.0, window=20, context=3),
+        150,
+        20,
+        19,
+        90,
+    ),
+    (make_case(page_size=1, window=3, has_sinks=True, context=4), 16, 8, 6, 60),
+    (
+        make_case(num_heads=3, num_kv_heads=1, head_dim=9, latent_dim=8, page_size=2, platform="gpu", context=4),
+        8,
+        5,
+        8,
+        50,
+    ),
 )
 
 
@@ -82,7 +93,7 @@ def ragged_batches(draw: st.DrawFn) -> Ragged:
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(ragged=ragged_batches())
 def test_parts_merge_to_the_oracle(name: str, ragged: Ragged) -> None:
     check(ragged, name)
@@ -90,26 +101,26 @@ def test_parts_merge_to_the_oracle(name: str, ragged: Ragged) -> None:
 
 def test_first_tokens_and_empty_devices() -> None:
     """A first token is seen by one device alone; a decode of any length up to twice the devices, with sinks."""
-    case = KINDS[3][0]
-    check(Ragged(case, [(cached, 1) for cached in range(8)], 8, 8, 6), "xla")
-    check(Ragged(case, [(0, 1), (0, 2), (1, 3)], 8, 8, 6), "xla")
-    check(Ragged(case, [], 8, 8, 6), "xla")
+    case, *sizes = KINDS[2][:4]
+    check(Ragged(case, [(cached, 1) for cached in range(8)], *sizes), "xla")
+    check(Ragged(case, [(0, 1), (0, 2), (1, 3)], *sizes), "xla")
+    check(Ragged(case, [], *sizes), "xla")
 
 
-def test_reads_another_layers_keys() -> None:
-    ragged = Ragged(KINDS[0][0], [(9, 1), (4, 6)], 8, 4, 8)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_reads_another_layers_keys(name: str) -> None:
+    case, *sizes = KINDS[0][:4]
+    ragged = Ragged(case, [(9, 1), (4, 6)], *sizes)
     q, _, _ = ragged.inputs()
-    pools = check(ragged, "xla")
-    shared, after = striped("xla", ragged.case)(q, None, None, pools, ragged.batch, None)
+    pools = check(ragged, name)
+    shared, after = striped(name, case)(q, None, None, pools, ragged.batch, None)
     np.testing.assert_allclose(shared[:7], ragged.expected(), atol=2e-5, rtol=2e-5)
     np.testing.assert_array_equal(after, pools)
 
 
 def test_kernels_that_give_no_parts_are_not_used() -> None:
-    for platform in ("tpu", "gpu"):
-        case = replace(make_case(), context=2, head_dim=128, num_heads=8, page_size=16, platform=platform)
-        chosen, refusals = choose_backend(case)
-        assert chosen.name == "xla"
-        assert refusals[f"pallas_{platform}"].endswith("the keys are spread over context=2 devices") or (
-            platform == "gpu" and "compute capability" in refusals["pallas_gpu"]
-        )
+    case = make_case(context=2, head_dim=128, num_heads=8, page_size=16, platform="tpu")
+    chosen, refusals = choose_backend(case)
+    assert chosen.name == "xla"
+    assert refusals["pallas_tpu"] == "it gives no log-sum-exp, and the keys are spread over context=2 devices"
+    assert choose_backend(replace(case, context=1))[0].name == "pallas_tpu"
