@@ -21,7 +21,8 @@ def check_layout(config: ModelConfig, mesh: Mesh) -> None:
     for axis in _UNUSED_AXES:
         if sizes[axis] > 1:
             raise ValueError(
-                f"mesh axis {axis}={sizes[axis]}: models are not spread over {axis!r}; use data, fsdp, context, expert, tensor"
+                f"mesh axis {axis}={sizes[axis]}: models are not spread over {axis!r}; "
+                "use data, fsdp, context, expert, tensor"
             )
     tensor = sizes["tensor"]
     for index, layer in enumerate(config.layers):

@@ -32,8 +32,8 @@ def make_case(**changes: object) -> AttentionCase:
 class Ragged:
     """Sequences of cached tokens plus new ones, decodes first, laid out in a shuffled pool full of NaN.
 
-    What no query of the step may see, because it left the window, is NaN too. Where several devices share the keys there
-    is a pool for each of them.
+    What no query of the step may see, because it left the window, is NaN too. Where devices share the keys each has a
+    pool.
 
     lengths [(cached, new)]; num_tokens and num_sequences are the padded T and S. A table_width that is less than the
     longest sequence's pages makes the tables rings.
