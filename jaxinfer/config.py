@@ -87,7 +87,7 @@ class EngineConfig:
     num_pages               pages in the KV cache; None derives them from memory
                             (these three of each shard, where the mesh splits requests: data, fsdp, expert)
     kv_cache_memory         bytes for the KV cache of all devices, or text such as "2GiB"; not together with num_pages
-    page_size               tokens in a page
+    page_size               tokens in a page, on each device of the mesh's axis context
     enable_prefix_caching   share the pages of equal prompt beginnings
     seed                    from which requests without a seed get theirs
     attention_backend       name of the attention kernel; None takes the best that serves the model

@@ -67,7 +67,7 @@ class Engine:
                     KVCacheManager(
                         plan.groups,
                         plan.num_pages,
-                        plan.page_size,
+                        plan.tokens_per_page,
                         plan.table_widths,
                         plan.max_num_seqs,
                         plan.enable_prefix_caching,

@@ -74,8 +74,9 @@ class LoadedModel:
 
         num_sequences: a multiple of the mesh's shards (data x fsdp x expert), which get equal parts. max_prefill_len:
         the most tokens that one `prefill` gives a sequence (None: max_len); layers with a window keep their window and
-        so many tokens, no more. page_size: tokens in a page. attention_backend: None takes the best that serves the
-        model. Pure: `jax.eval_shape` tells what a cache would take. ValueError for what this model or mesh can not do.
+        so many tokens, no more. page_size: tokens in a page, on each device of `context`. attention_backend: None takes
+        the best that serves the model. Pure: `jax.eval_shape` tells what a cache would take. ValueError for what this
+        model or mesh can not do.
         """
         self._check_one_program()
         return functional.make_cache(

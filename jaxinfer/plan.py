@@ -44,8 +44,8 @@ class Plan:
     """All that is static in a running engine. Token and sequence counts are padded to the buckets.
 
     Sequences, tokens and pages are those of one shard of the mesh (sharding/spmd.py) in one lane, heads those of one
-    device.
-    Sequence buckets are coarse: a sampler takes long to compile, and a row too many costs it little.
+    device. A page of the books has page_size tokens on each device of the axis `context`, tokens_per_page on all of
+    them. Sequence buckets are coarse: a sampler takes long to compile, and a row too many costs it little.
     """
 
     model: ModelConfig
@@ -67,6 +67,10 @@ class Plan:
     @property
     def num_shards(self) -> int:
         return num_shards(self.mesh)
+
+    @property
+    def tokens_per_page(self) -> int:
+        return self.page_size * self.mesh.shape["context"]
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -109,7 +113,7 @@ class Plan:
                 for number, stage in enumerate(self.stages)
                 if self.num_lanes > 1
             ),
-            f"KV cache {self.kv_cache_bytes / 2**20:.0f} MiB, pages of {self.page_size} tokens: "
+            f"KV cache {self.kv_cache_bytes / 2**20:.0f} MiB, pages of {self.tokens_per_page} tokens: "
             + "; ".join(
                 f"{pages} pages for {len(g.layers)} layers of {g.num_kv_heads} kv heads x {g.head_dim}"
                 + ("" if g.latent_dim is None else f", values in their first {g.latent_dim} numbers")
@@ -145,7 +149,8 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
     max_chunk = min(max_num_batched_tokens, max_model_len)
 
     groups = kv_groups(model)
-    widths = tuple(group.table_width(max_model_len, max_chunk, page_size) for group in groups)
+    context = mesh.shape["context"]
+    widths = tuple(group.table_width(max_model_len, max_chunk, context * page_size) for group in groups)
     layers = _layer_plans(model, groups, page_size, dtype, mesh, config.attention_backend)
     costs = _largest_page_bytes(layers, stages(model, mesh), len(groups), dtype)
     num_pages = _pool_sizes(config, groups, widths, costs, max_num_seqs, mesh)
@@ -161,7 +166,7 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
         table_widths=widths,
         num_pages=num_pages,
         layers=layers,
-        token_buckets=buckets(max_num_batched_tokens),
+        token_buckets=tuple(context * size for size in buckets(-(-max_num_batched_tokens // context))),
         sequence_buckets=(*(4**i for i in range(16) if 4**i < max_num_seqs), max_num_seqs),
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
@@ -183,7 +188,8 @@ def resolve_fixed(
     can come to need, and there are no buckets. max_chunk: the most tokens that one step gives a sequence."""
     _check_positions("max_len", max_model_len, model)
     groups = kv_groups(model)
-    widths = tuple(group.table_width(max_model_len, max_chunk, page_size) for group in groups)
+    tokens_per_page = mesh.shape["context"] * page_size
+    widths = tuple(group.table_width(max_model_len, max_chunk, tokens_per_page) for group in groups)
     return Plan(
         model=model,
         dtype=dtype,
@@ -236,6 +242,7 @@ def _layer_plans(
             num_kv_heads=max(1, layer.num_kv_heads // tensor),
             head_dim=layer.head_dim,
             latent_dim=layer.latent_dim,
+            context=mesh.shape["context"],
             page_size=page_size,
             window=layer.window,
             soft_cap=model.attention_softcap,

@@ -100,7 +100,7 @@ class Frontend:
             max_num_batched_tokens=plan.max_num_batched_tokens,
             vocab_size=loaded.config.vocab_size,
             dtype=plan.dtype.name,
-            page_size=plan.page_size,
+            page_size=plan.tokens_per_page,
             num_pages=max(plan.num_pages),
             eos_token_ids=tuple(loaded.generation.eos_token_ids),
         )

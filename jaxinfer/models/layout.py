@@ -13,23 +13,19 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
 from jaxinfer.models.stages import cut_points, param_shardings, stages
 
-# Axes that programs are not yet written for.
-_UNUSED_AXES = ("context",)
-
 
 def check_layout(config: ModelConfig, mesh: Mesh) -> None:
     """ValueError, naming value, limit and fix, for a mesh that this model can not be spread over."""
     sizes: Mapping[str, int] = mesh.shape
-    for axis in _UNUSED_AXES:
-        if sizes[axis] > 1:
-            raise ValueError(
-                f"mesh axis {axis}={sizes[axis]}: models are not spread over {axis!r}; use data, fsdp, expert, tensor, "
-                "stage"
-            )
     _check_stages(config, sizes["stage"])
     tensor = sizes["tensor"]
     for index, layer in enumerate(config.layers):
-        for name, size in (("num_heads", layer.num_heads), ("ffn_dim", layer.ffn_dim)):
+        shared_dim = 0 if layer.experts is None else layer.experts.shared_ffn_dim
+        for name, size in (
+            ("num_heads", layer.num_heads),
+            ("ffn_dim", layer.ffn_dim),
+            ("shared_ffn_dim", shared_dim),
+        ):
             if size % tensor:
                 raise ValueError(
                     f"mesh axis tensor={tensor} does not divide {name}={size} of layer {index}; "
@@ -79,6 +75,7 @@ def _divisors(config: ModelConfig) -> str:
         return all(
             layer.num_heads % size == 0
             and layer.ffn_dim % size == 0
+            and (layer.experts is None or layer.experts.shared_ffn_dim % size == 0)
             and (layer.num_kv_heads % size == 0 or size % layer.num_kv_heads == 0)
             for layer in config.layers
         )

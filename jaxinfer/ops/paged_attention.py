@@ -19,8 +19,10 @@ from jaxinfer.ops import (
     paged_attention_xla,
 )
 from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
+from jaxinfer.sharding.spmd import CONTEXT, all_parts
+from pallas_kernels.merge_attention.reference import merge_own_rows
 
-__all__ = ["BACKENDS", "AttentionCase", "Backend", "RaggedBatch", "choose_backend"]
+__all__ = ["BACKENDS", "AttentionCase", "Backend", "RaggedBatch", "attend", "choose_backend"]
 
 
 class Run(Protocol):
@@ -31,6 +33,8 @@ class Run(Protocol):
     pool is the layer's, in the backend's layout; it is returned updated, in place where the caller donated it.
     metadata is what `prepare` made of the same case, batch and group; sinks [N] when the case has them.
     Returns ([T, N, H or latent_dim] in q's dtype, the pool); the values at padding tokens are finite and mean nothing.
+    Of a case whose keys several devices share, the first is a pair: what this device's keys mix, float32, and the log
+    of their sum of exponentials, float32 [T, N]. Where the latter is -inf the former means nothing.
     """
 
     def __call__(
@@ -44,7 +48,7 @@ class Run(Protocol):
         group: int,
         metadata: Any,
         sinks: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]: ...
+    ) -> tuple[Any, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,32 @@ class Backend:
     prepare: Callable[[AttentionCase, RaggedBatch, int], Any] = field(repr=False)
     run: Run = field(repr=False)
     only_asked: str | None = field(default=None, repr=False)
+
+
+def attend(
+    backend: Backend,
+    case: AttentionCase,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    pool: Any,
+    batch: RaggedBatch,
+    group: int,
+    metadata: Any,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """`Run`, over all the devices that share the keys of a sequence.
+
+    Each has its own rows of q, k and v [T / C, ...] and gets back its own. Queries travel, not the keys in the cache
+    (the pass-Q form of arXiv:2411.01783): every device attends from all rows to the keys that it has, and the parts are
+    merged by their log-sum-exp.
+    """
+    if case.context == 1:
+        return backend.run(case, q, k, v, pool, batch, group, metadata, sinks)
+    rows = jax.tree.map(all_parts, (q, k, v))
+    (mixed, lse), pool = backend.run(case, *rows, pool, batch, group, metadata, sinks)
+    out, _ = merge_own_rows(mixed, lse, CONTEXT)
+    return out.astype(q.dtype), pool
 
 
 def _backend(name: str, module: Any, only_asked: str | None = None) -> Backend:

@@ -1,4 +1,9 @@
-"""What a paged attention is asked for: the static case and the ragged batch. Backends and their table share it."""
+"""What a paged attention is asked for: the static case and the ragged batch. Backends and their table share it.
+
+Over the devices of a mesh's axis `context` keys are dealt out one by one (striped attention, arXiv:2311.09431): of C
+devices the one at place c has the keys of positions c, c + C, c + 2 C, ..., in its slots 0, 1, 2, ... So every device
+has as much to do for any stretch of queries, and the arithmetic is `newest_slot` and `num_slots`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import jax
+
+from jaxinfer.sharding.spmd import CONTEXT
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,9 @@ class AttentionCase:
     latent_dim: the first so many numbers of a key are its value (multi-head latent attention, arXiv:2405.04434, with
     its up-projections in the queries and after the mixing). There is no v, the pool holds keys alone, and what comes
     out is so wide. None: values are apart, as wide as keys.
-    Heads are those of one device: attention is a program of its own on every device of a mesh.
+    context: so many devices share the keys of a sequence; what comes out are their parts of the softmax.
+    Heads, and the page_size tokens of a page, are those of one device: attention is a program of its own on every
+    device of a mesh.
     """
 
     num_heads: int
@@ -34,6 +43,7 @@ class AttentionCase:
     has_sinks: bool
     platform: str
     latent_dim: int | None = None
+    context: int = 1
 
     @property
     def group_size(self) -> int:
@@ -58,3 +68,21 @@ class RaggedBatch(Protocol):
     def num_tokens(self) -> jax.Array: ...
     @property
     def num_sequences(self) -> jax.Array: ...
+
+
+def newest_slot(case: AttentionCase, position: jax.Array) -> jax.Array:
+    """The slot of the newest key at or before `position` that this device has; -1 or less where there is none.
+
+    So a query sees the slots from newest_slot(position - window) + 1 to newest_slot(position).
+    """
+    return position if case.context == 1 else (position - jax.lax.axis_index(CONTEXT)) // case.context
+
+
+def num_slots(case: AttentionCase, length: jax.Array) -> jax.Array:
+    """How many keys of a sequence of `length` tokens this device has."""
+    return newest_slot(case, length + (case.context - 1))
+
+
+def is_here(case: AttentionCase, position: jax.Array) -> jax.Array | bool:
+    """Whether this device has the key of `position`."""
+    return case.context == 1 or position % case.context == jax.lax.axis_index(CONTEXT)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+from jax import lax
 
 from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
-from pallas_kernels.paged_attention.reference import paged_attention
+from jaxinfer.sharding.spmd import CONTEXT
+from pallas_kernels.paged_attention.reference import paged_attention_part
 
 
 def supports(case: AttentionCase) -> str | None:
@@ -30,8 +34,8 @@ def run(
     group: int,
     metadata: None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    return paged_attention(
+) -> tuple[Any, jax.Array]:
+    out, lse, pool = paged_attention_part(
         q,
         k,
         v,
@@ -44,4 +48,7 @@ def run(
         soft_cap=case.soft_cap,
         sinks=sinks,
         latent_dim=case.latent_dim,
+        context=case.context,
+        place=0 if case.context == 1 else lax.axis_index(CONTEXT),
     )
+    return (out.astype(q.dtype) if case.context == 1 else (out, lse)), pool

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def supports(case: AttentionCase) -> str | None:
     if case.platform != "tpu":
         return f"the platform is {case.platform}, not tpu"
+    if case.context > 1:
+        return f"it gives no log-sum-exp, and the keys are spread over context={case.context} devices"
     return tpu_layout.supports(case)
 
 

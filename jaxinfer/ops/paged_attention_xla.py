@@ -16,13 +16,15 @@ The shape of the code follows what XLA's CPU compiler makes of it:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.ops.matmul import uses_eigen
-from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
+from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch, is_here, newest_slot, num_slots
+from jaxinfer.sharding.spmd import CONTEXT
 
 _MASKED = -1e30  # finite, so that a fully masked tile yields numbers, which the merge then wipes out
 _DECODE_KEYS = 64  # keys per decode tile, when pages are not larger
@@ -36,9 +38,9 @@ _MOST_VECTORS = 8  # queries per kv head and tile up to which each may be multip
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Metadata:
-    """Where things are, for one group of layers, in one step. All int32.
+    """Where things are on this device, for one group of layers, in one step. All int32.
 
-    write_page, write_offset [T]  page, and slot in it, that each token's key and value go to
+    write_page, write_offset [T]  page, and slot in it, that each token's key and value go to; page 0 where elsewhere
     num_decodes []                leading rows of exactly one token
     num_tiles []                  decode tiles in use
     tile_row [W]                  row of each decode tile; a row's tiles are neighbours, rows are in order
@@ -59,6 +61,7 @@ class Metadata:
 
 
 State = tuple[jax.Array, jax.Array, jax.Array]  # running max, sum of weights, weighted values
+Parts = tuple[jax.Array, ...]  # mixed values [rows, N, H], and [rows, N, 1] the log of the sum of weights if asked for
 
 
 def supports(case: AttentionCase) -> str | None:
@@ -78,14 +81,16 @@ def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> Metadata:
     table = batch.page_tables[group]
     num_tokens, num_sequences = batch.positions.shape[0], table.shape[0]
     row = jnp.minimum(batch.sequence_ids, num_sequences - 1)
-    page = table[row, batch.positions // case.page_size % table.shape[1]]
+    slot = newest_slot(case, batch.positions)
+    page = table[row, slot // case.page_size % table.shape[1]]
+    is_kept = (jnp.arange(num_tokens) < batch.num_tokens) & is_here(case, batch.positions)
     query_len = jnp.diff(batch.query_start)
     decoding = jnp.cumprod(query_len == 1, dtype=jnp.int32)
     query_tiles = -(-query_len // min(_PREFILL_QUERIES, num_tokens))
     num_tiles, tiles = _decode_tiles(case, batch.kv_len, decoding, table, min(num_tokens, num_sequences))
     return Metadata(
-        write_page=jnp.where(jnp.arange(num_tokens) < batch.num_tokens, page, 0),
-        write_offset=batch.positions % case.page_size,
+        write_page=jnp.where(is_kept, page, 0),
+        write_offset=slot % case.page_size,
         num_decodes=jnp.sum(decoding, dtype=jnp.int32),
         num_tiles=num_tiles,
         **tiles,
@@ -103,7 +108,7 @@ def run(
     group: int,
     metadata: Metadata,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, jax.Array]:
     if k is not None:
         new = jnp.stack([k] if v is None else [k, v], axis=1)
         pool = _write(case, new.astype(pool.dtype), pool, batch, metadata)
@@ -113,14 +118,37 @@ def run(
     start = (jnp.full(case.num_heads, _MASKED), jnp.zeros(case.num_heads))
     if case.has_sinks:
         assert sinks is not None
-        start = (sinks.astype(jnp.float32), jnp.ones(case.num_heads))
+        start = _with_sinks(case, start, sinks)
     vectors = _by_vectors(case, case.group_size, num_rows, q.shape[0])
     out = _decode(case, scaled[:num_rows], pool, metadata, start, vectors)
     if q.shape[0] > 1:
         prefill = _prefill(case, scaled, pool, table, batch, metadata, start)
         decoding = jnp.arange(num_rows)[:, None, None] < metadata.num_decodes
-        out = prefill.at[:num_rows].set(jnp.where(decoding, out, prefill[:num_rows]))
-    return out[..., : case.latent_dim].astype(q.dtype), pool
+        out = tuple(
+            of_many.at[:num_rows].set(jnp.where(decoding, of_one, of_many[:num_rows]))
+            for of_many, of_one in zip(prefill, out, strict=True)
+        )
+    mixed = out[0][..., : case.latent_dim]
+    return (mixed.astype(q.dtype) if case.context == 1 else (mixed, out[1][..., 0])), pool
+
+
+def _with_sinks(
+    case: AttentionCase, start: tuple[jax.Array, jax.Array], sinks: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Max and sum [N] that a softmax with sinks [N] begins with; where devices share the keys, on the first."""
+    sunk = (sinks.astype(jnp.float32), jnp.ones(case.num_heads))
+    if case.context == 1:
+        return sunk
+    is_first = lax.axis_index(CONTEXT) == 0
+    return jnp.where(is_first, sunk[0], start[0]), jnp.where(is_first, sunk[1], start[1])
+
+
+def _log_sum(case: AttentionCase, most: jax.Array, weight: jax.Array) -> Parts:
+    """Where devices share the keys: the log [..., 1] of a softmax's sum of weights, relative to `most`.
+
+    A query that saw no key here has -inf or some -1e30, and counts for nothing when the parts are merged.
+    """
+    return () if case.context == 1 else ((most + jnp.log(weight))[..., None],)
 
 
 def _starts(counts: jax.Array) -> jax.Array:
@@ -153,8 +181,12 @@ def _unhoisted(case: AttentionCase, values: jax.Array) -> jax.Array:
 
 def _write(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBatch, metadata: Metadata) -> jax.Array:
     """Put kv [T, kinds, K, H] into the pool."""
-    if case.platform != "cpu":
-        return pool.at[metadata.write_page, :, :, metadata.write_offset].set(kv)
+    if case.platform != "cpu":  # by rows of one head: to write a token's heads at once, XLA would turn the pool around
+        first = metadata.write_page[:, None] * (kv.shape[1] * case.num_kv_heads) * case.page_size
+        heads = jnp.arange(kv.shape[1] * case.num_kv_heads) * case.page_size
+        row = first + heads + metadata.write_offset[:, None]
+        rows = pool.reshape(-1, case.head_dim).at[row.reshape(-1)].set(kv.reshape(-1, case.head_dim))
+        return rows.reshape(pool.shape)
 
     def write_token(token: jax.Array, pool: jax.Array) -> jax.Array:
         entry = lax.dynamic_slice(kv, (token, 0, 0, 0), (1, *kv.shape[1:]))
@@ -235,8 +267,13 @@ def _decode_tiles(
     width, pages_per_tile = table.shape[1], _pages_in(case, _DECODE_KEYS)
     block = pages_per_tile * case.page_size
     at_once = _tiles_at_once(case, num_rows)
-    first_block = jnp.zeros_like(kv_len) if case.window is None else jnp.maximum(kv_len - case.window, 0) // block
-    starts = _starts((decoding * (-(-kv_len // block) - first_block))[:num_rows])
+    first_block = jnp.zeros_like(kv_len)
+    if case.window is not None:
+        first_block = jnp.maximum(num_slots(case, kv_len - case.window), 0) // block
+    num_blocks = -(-num_slots(case, kv_len) // block) - first_block
+    if case.context > 1:  # without keys here a row has a tile all the same: rows of neighbouring tiles are neighbours
+        num_blocks = jnp.maximum(num_blocks, 1)
+    starts = _starts((decoding * num_blocks)[:num_rows])
     total = starts[-1]
     capacity = num_rows * (-(-width // pages_per_tile) + 1)
     capacity = -(-capacity // at_once) * at_once
@@ -247,11 +284,14 @@ def _decode_tiles(
         row = _row_of(starts, used)
         key_block = first_block[row] + used - starts[row]
         columns = (key_block[:, None] * pages_per_tile + jnp.arange(pages_per_tile)) % width
-        end = kv_len[row] - key_block * block
+        end = num_slots(case, kv_len[row]) - key_block * block
+        first = jnp.zeros_like(end)
+        if case.window is not None:
+            first = num_slots(case, kv_len[row] - case.window) - key_block * block
         some = {
             "tile_row": row,
             "tile_pages": table[row[:, None], columns],
-            "tile_first": jnp.zeros_like(end) if case.window is None else end - case.window,
+            "tile_first": first,
             "tile_end": jnp.where(tile < total, end, 0),
         }
         return {name: lax.dynamic_update_slice_in_dim(tiles[name], some[name], i * at_once, 0) for name in tiles}
@@ -268,8 +308,8 @@ def _decode(
     metadata: Metadata,
     start: tuple[jax.Array, jax.Array],
     vectors: bool,
-) -> jax.Array:
-    """q [R, N, H], one query a row, start: max and sum [N] to begin with -> [R, N, H] float32."""
+) -> Parts:
+    """q [R, N, H], one query a row, start: max and sum [N] to begin with -> [R, N, H] and [R, N, 1] float32."""
     num_rows, num_heads, head_dim = q.shape
     at_once = _tiles_at_once(case, num_rows)
     touched = min(at_once, num_rows)  # so many neighbouring rows at most that the tiles of one step belong to
@@ -311,8 +351,8 @@ def _decode(
 
     most, weight = (jnp.broadcast_to(part, (num_rows, num_heads)) for part in start)
     state = (most, weight, jnp.zeros((num_rows, num_heads, head_dim)))
-    _, weight, mixed = lax.fori_loop(0, -(-metadata.num_tiles // at_once), step, state)
-    return mixed / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)[..., None]
+    most, weight, mixed = lax.fori_loop(0, -(-metadata.num_tiles // at_once), step, state)
+    return mixed / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)[..., None], *_log_sum(case, most, weight)
 
 
 def _prefill(
@@ -323,8 +363,8 @@ def _prefill(
     batch: RaggedBatch,
     metadata: Metadata,
     start: tuple[jax.Array, jax.Array],
-) -> jax.Array:
-    """q [T, N, H], start as in `_decode` -> [T, N, H] float32, the rows of more than one query filled in."""
+) -> Parts:
+    """q [T, N, H], start as in `_decode` -> as there, the rows of more than one query filled in."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, group_size = case.num_kv_heads, case.group_size
     pages_per_block = _pages_in(case, _PREFILL_KEYS)
@@ -333,7 +373,7 @@ def _prefill(
     heads = (1, num_kv_heads, group_size * num_queries)
     vectors = _by_vectors(case, group_size * num_queries, num_tokens, num_tokens)
 
-    def tile(i: jax.Array, out: jax.Array) -> jax.Array:
+    def tile(i: jax.Array, out: Parts) -> Parts:
         row = _row_of(metadata.prefill_tiles, i)
         end, length = batch.query_start[row + 1], batch.kv_len[row]
         own_first = batch.query_start[row] + (i - metadata.prefill_tiles[row]) * num_queries
@@ -343,7 +383,7 @@ def _prefill(
         position = length - end + token
         oldest = jnp.zeros((), jnp.int32)
         if case.window is not None:
-            oldest = jnp.maximum(length - end + own_first - case.window + 1, 0)
+            oldest = jnp.maximum(newest_slot(case, length - end + own_first - case.window) + 1, 0)
         queries = lax.dynamic_slice_in_dim(q, first, num_queries)
         queries = queries.reshape(num_queries, num_kv_heads, group_size, head_dim).transpose(1, 2, 0, 3)
         queries = queries.reshape(1, num_kv_heads, group_size * num_queries, head_dim)
@@ -352,12 +392,12 @@ def _prefill(
             old_max, old_sum, old_mixed = state
             columns = _unhoisted(case, j * pages_per_block + jnp.arange(pages_per_block)) % table.shape[1]
             pages = table[row, columns][None]
-            key_position = j * block + jnp.arange(block)
-            seen = key_position <= position[:, None]
+            slot = j * block + jnp.arange(block)
+            seen = slot <= newest_slot(case, position)[:, None]
             if case.window is not None:
-                seen &= key_position > position[:, None] - case.window
+                seen &= slot > newest_slot(case, position - case.window)[:, None]
             seen = jnp.tile(seen, (group_size, 1))[None]
-            alive = (jnp.reshape(oldest - j * block, 1), jnp.reshape(length - j * block, 1))
+            alive = (jnp.reshape(oldest - j * block, 1), jnp.reshape(num_slots(case, length) - j * block, 1))
             keys, values = _keys_and_values(case, pool, pages, alive)
             logits = _logits(case, queries, keys, seen, vectors)
             new_max = jnp.maximum(old_max, logits.max(-1))
@@ -366,14 +406,19 @@ def _prefill(
             mixed = _mix(weights, values, vectors)
             return new_max, old_sum * keep + weights.sum(-1), old_mixed * keep[..., None] + mixed
 
-        newest = length - end + own_end - 1
+        newest = newest_slot(case, length - end + own_end - 1)
         most, weight = (jnp.repeat(part, num_queries).reshape(heads) for part in start)
         state = (most, weight, jnp.zeros((*heads, head_dim)))
-        _, weight, mixed = lax.fori_loop(oldest // block, newest // block + 1, key_block, state)
-        mixed = (mixed / weight[..., None]).reshape(num_kv_heads, group_size, num_queries, head_dim)
-        mixed = mixed.transpose(2, 0, 1, 3).reshape(num_queries, num_heads, head_dim)
+        most, weight, mixed = lax.fori_loop(oldest // block, newest // block + 1, key_block, state)
         own = ((token >= own_first) & (token < own_end))[:, None, None]
-        mixed = jnp.where(own, mixed, lax.dynamic_slice_in_dim(out, first, num_queries))
-        return lax.dynamic_update_slice_in_dim(out, mixed, first, 0)
 
-    return lax.fori_loop(0, metadata.prefill_tiles[-1], tile, jnp.zeros(q.shape))
+        def put(out: jax.Array, part: jax.Array) -> jax.Array:
+            part = part.reshape(num_kv_heads, group_size, num_queries, -1)
+            part = part.transpose(2, 0, 1, 3).reshape(num_queries, num_heads, -1)
+            part = jnp.where(own, part, lax.dynamic_slice_in_dim(out, first, num_queries))
+            return lax.dynamic_update_slice_in_dim(out, part, first, 0)
+
+        return tuple(map(put, out, (mixed / weight[..., None], *_log_sum(case, most, weight))))
+
+    out = (jnp.zeros(q.shape), *_log_sum(case, jnp.zeros(q.shape[:2]), jnp.zeros(q.shape[:2])))
+    return lax.fori_loop(0, metadata.prefill_tiles[-1], tile, out)

@@ -167,7 +167,9 @@ def _on_device(
     counts: jax.Array,
 ) -> tuple[jax.Array, Pools]:
     """One device's part, all layers in one program: logits float32 [S, this device's part of V], and its pools."""
-    layout = BatchLayout(tokens.size, tokens.shape[0], plan.table_widths)
+    context = plan.mesh.shape["context"]
+    num_tokens = -(-tokens.size // context) * context  # every device has the same number of rows
+    layout = BatchLayout(num_tokens, tokens.shape[0], plan.table_widths)
     buffer = pack(layout, cached, tokens, counts)
     (ends, layers), (ends_cuts, layers_cuts) = _ends_and_layers(params), _ends_and_layers(cuts)
     slots = jnp.zeros(1, jnp.int32)  # all tokens are in the batch; none is taken from a slot
@@ -199,14 +201,14 @@ def pack(layout: BatchLayout, cached: jax.Array, tokens: jax.Array, counts: jax.
     stop = jnp.cumsum(row_counts, dtype=jnp.int32)
     start = stop - row_counts
 
-    token = jnp.arange(tokens.size, dtype=jnp.int32)
+    token = jnp.arange(layout.num_tokens, dtype=jnp.int32)
     row = jnp.searchsorted(stop, token, side="right").astype(jnp.int32)  # S where the token is padding
     is_real = row < num_sequences
     sequence = order[jnp.minimum(row, num_sequences - 1)]
     offset = token - start[jnp.minimum(row, num_sequences - 1)]
     fields = {
         "tokens": jnp.where(is_real, tokens[sequence, jnp.minimum(offset, width - 1)], 0),
-        "token_slots": jnp.full(tokens.size, -1, jnp.int32),
+        "token_slots": jnp.full(layout.num_tokens, -1, jnp.int32),
         "positions": jnp.where(is_real, cached[sequence] + offset, 0),
         "sequence_ids": row,
         "query_start": jnp.concatenate([jnp.zeros(1, jnp.int32), stop]),

@@ -1,6 +1,7 @@
 """The pure functions a step is made of, as one device of a shard sees them. `step_programs.py` compiles them.
 
-`cuts` says how the parameters that a function gets are cut over the mesh.
+`cuts` says how the parameters that a function gets are cut over the mesh. T tokens are those of the batch; of x and
+whatever else is computed token by token, a device has its own rows [T / C, ...] of the C along the axis `context`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from jaxinfer.cache.pool import Pools
 from jaxinfer.layers.attention import Attend
 from jaxinfer.layers.rotary import Rotation
 from jaxinfer.models.model import Model, Params, Stream
+from jaxinfer.ops import paged_attention
 from jaxinfer.ops.paged_attention import AttentionCase, Backend
 from jaxinfer.plan import Plan
 from jaxinfer.runner.batch import BatchLayout, DeviceBatch
 from jaxinfer.runner.segments import Segment, attention_kinds
-from jaxinfer.sharding.spmd import gather_after, gather_stored
+from jaxinfer.sharding.spmd import gather_after, gather_stored, own_part, rows_at
 
 
 def begin(
@@ -32,8 +34,8 @@ def begin(
     batch = layout.unpack(buffer)
     from_slot = last_tokens[jnp.maximum(batch.token_slots, 0)]
     tokens = jnp.where(batch.token_slots >= 0, from_slot, batch.tokens)
-    stream = model.begin(gather_stored(ends, cuts), tokens, batch.positions, context_len=plan.max_model_len)
-    return stream, _prepare(plan, batch)
+    rows = own_part(tokens), own_part(batch.positions)
+    return model.begin(gather_stored(ends, cuts), *rows, context_len=plan.max_model_len), _prepare(plan, batch)
 
 
 def resume(
@@ -41,7 +43,7 @@ def resume(
 ) -> tuple[tuple[Rotation, ...], tuple[Any, ...]]:
     """What `begin` makes of a packed batch, but for what comes from the stage before: rotations, prepared."""
     batch = layout.unpack(buffer)
-    return model.rotations(batch.positions, context_len=plan.max_model_len), _prepare(plan, batch)
+    return model.rotations(own_part(batch.positions), context_len=plan.max_model_len), _prepare(plan, batch)
 
 
 def _prepare(plan: Plan, batch: DeviceBatch) -> tuple[Any, ...]:
@@ -63,13 +65,13 @@ def run_layers(
     prepared: tuple[Any, ...],
     buffer: jax.Array,
 ) -> tuple[jax.Array, Pools]:
-    """The layers of a segment, or of another of the same function: x [T, D], their pools, and both after them.
+    """The layers of a segment, or of another of the same function: x [T / C, D], their pools, and both after them.
 
     layers, pools, per_layer, prepared: those of the segment, in its order.
     """
     batch = layout.unpack(buffer)
     attend = _paged_attend(plan, segment, batch, prepared)
-    is_real = jnp.arange(layout.num_tokens) < batch.num_tokens
+    is_real = own_part(jnp.arange(layout.num_tokens) < batch.num_tokens)
     following = gather_stored(layers[0], cuts[0])
     for place, index in enumerate(segment.layers):
         own, params = per_layer[place] if per_layer else None, following
@@ -82,9 +84,9 @@ def run_layers(
 def end(
     model: Model, layout: BatchLayout, cuts: Any, ends: Params, x: jax.Array, buffer: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """x [T, D] after the last layer -> hidden states [T, D], and those of the rows to sample from [S, D]."""
+    """x [T / C, D] after the last layer -> hidden states [T / C, D], and those of the rows to sample from [S, D]."""
     hidden = model.end(gather_stored(ends, cuts), x)
-    return hidden, hidden[layout.unpack(buffer).logits_tokens]
+    return hidden, rows_at(hidden, layout.unpack(buffer).logits_tokens)
 
 
 def _paged_attend(plan: Plan, segment: Segment, batch: DeviceBatch, prepared: tuple[Any, ...]) -> Attend[Pools]:
@@ -142,7 +144,7 @@ def _run_traced_once(
     sinks: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     """Layers of one case call one and the same function, so that a deep model is traced as fast as a shallow one."""
-    return backend.run(case, q, k, v, pool, batch, group, metadata, sinks)
+    return paged_attention.attend(backend, case, q, k, v, pool, batch, group, metadata, sinks)
 
 
 def logits(model: Model, num_rows: int, cuts: Any, ends: Params, hidden: jax.Array) -> jax.Array:
@@ -151,5 +153,6 @@ def logits(model: Model, num_rows: int, cuts: Any, ends: Params, hidden: jax.Arr
 
 
 def logits_of(model: Model, cuts: Any, ends: Params, hidden: jax.Array, rows: jax.Array) -> jax.Array:
-    """The logits after the tokens at `rows` [R] of hidden [T, D]: float32 [R, V], this device's part of V."""
-    return model.logits(gather_stored(ends, cuts), hidden[rows])
+    """The logits after the tokens at `rows` [R] of the batch, of hidden [T / C, D]: float32 [R, V], this device's part
+    of V."""
+    return model.logits(gather_stored(ends, cuts), rows_at(hidden, rows))

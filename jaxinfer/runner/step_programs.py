@@ -32,7 +32,9 @@ from jaxinfer.sampling.sampler import SampleOutput, sample
 from jaxinfer.sampling.state import SamplerState, admit, init_state
 from jaxinfer.sharding.spmd import (
     PER_DEVICE,
+    PER_PLACE,
     PER_SHARD,
+    ROWS,
     SHARDS,
     each_device,
     each_shard,
@@ -110,9 +112,10 @@ class StepPrograms:
     def _trace_begin(self, layout: BatchLayout) -> jax.stages.Traced:
         cuts = specs(self._ends)
         function = partial(step.begin, self._model, self._plan, layout, cuts)
-        run = self._jit(function, (cuts, PER_SHARD, PER_SHARD), PER_SHARD)
+        outputs = (ROWS, PER_PLACE)
+        run = self._jit(function, (cuts, PER_SHARD, PER_SHARD), outputs)
         traced = run.trace(self._ends, self.state.last_tokens, self._buffer(layout))
-        self._begun[layout.num_tokens] = self._here(traced.out_info)
+        self._begun[layout.num_tokens] = self._placed(traced.out_info, outputs)
         return traced
 
     def resume(self, layout: BatchLayout) -> Any:
@@ -121,11 +124,12 @@ class StepPrograms:
 
     def _trace_resume(self, layout: BatchLayout) -> jax.stages.Traced:
         function = partial(step.resume, self._model, self._plan, layout)
-        traced = self._jit(function, (PER_SHARD,), PER_SHARD).trace(self._buffer(layout))
-        rotations, prepared = self._here(traced.out_info)
+        outputs = (ROWS, PER_PLACE)
+        traced = self._jit(function, (PER_SHARD,), outputs).trace(self._buffer(layout))
+        rotations, prepared = self._placed(traced.out_info, outputs)
         width = self._model.config.per_layer_input_dim
-        per_layer = (self._per_shard((layout.num_tokens, width), self._plan.dtype),) * len(self.stage.layers)
-        stream = Stream(self._hidden(layout.num_tokens), rotations, per_layer if width else ())
+        per_layer = (self._per_shard((layout.num_tokens, width), self._plan.dtype, ROWS),) * len(self.stage.layers)
+        stream = Stream(self._hidden(layout.num_tokens, ROWS), rotations, per_layer if width else ())
         self._begun[layout.num_tokens] = stream, prepared
         return traced
 
@@ -141,8 +145,8 @@ class StepPrograms:
             stream, prepared = self._begun[layout.num_tokens]
             cuts = specs(self._layers[number])
             function = partial(step.run_layers, self._model, self._plan, layout, segment, cuts)
-            inputs = (cuts, PER_SHARD, PER_DEVICE, PER_SHARD, PER_SHARD, PER_SHARD, PER_SHARD)
-            return self._jit(function, inputs, (PER_SHARD, PER_DEVICE), donate=(1, 2)).lower(
+            inputs = (cuts, ROWS, PER_DEVICE, ROWS, ROWS, PER_PLACE, PER_SHARD)
+            return self._jit(function, inputs, (ROWS, PER_DEVICE), donate=(1, 2)).lower(
                 self._layers[number],
                 stream.x,
                 tuple(self.pools[pool] for pool in segment.pools),
@@ -161,8 +165,8 @@ class StepPrograms:
         def lower() -> jax.stages.Lowered:
             cuts = specs(self._ends)
             function = partial(step.end, self._model, layout, cuts)
-            run = self._jit(function, (cuts, PER_SHARD, PER_SHARD), (PER_SHARD, PER_SHARD), donate=(1,))
-            return run.lower(self._ends, self._hidden(layout.num_tokens), self._buffer(layout))
+            run = self._jit(function, (cuts, ROWS, PER_SHARD), (ROWS, PER_SHARD), donate=(1,))
+            return run.lower(self._ends, self._hidden(layout.num_tokens, ROWS), self._buffer(layout))
 
         return self._programs.get(("end", layout.num_tokens), lower)
 
@@ -180,7 +184,7 @@ class StepPrograms:
             outputs = (self.per_shard, jax.tree.map(lambda leaf: leaf.sharding, self.state))
             jitted = jax.jit(run, donate_argnums=1, out_shardings=outputs)
             words = self._per_shard((num_rows, NUM_COLUMNS))
-            return jitted.lower(self._ends, self.state, self._hidden(self._plan.max_num_seqs), words)
+            return jitted.lower(self._ends, self.state, self._hidden(self._plan.max_num_seqs, PER_SHARD), words)
 
         return self._programs.get(("sampler", num_rows), lower, self._options(num_rows))
 
@@ -190,14 +194,14 @@ class StepPrograms:
         def run(ends: Any, hidden: jax.Array, rows: jax.Array, targets: jax.Array) -> Any:
             cuts = specs(self._ends)
             function = partial(step.logits_of, self._model, cuts)
-            inputs = (cuts, PER_SHARD, PER_SHARD)
+            inputs = (cuts, ROWS, PER_SHARD)
             logits = each_device(function, self.stage.mesh, inputs, self._logits)(ends, hidden, rows)
             return each_shard(score, self.stage.mesh, 2)(logits, targets)
 
         def lower() -> jax.stages.Lowered:
             rows = self._per_shard((SCORED_ROWS,))
             jitted = jax.jit(run, out_shardings=self.per_shard)
-            return jitted.lower(self._ends, self._hidden(num_tokens), rows, rows)
+            return jitted.lower(self._ends, self._hidden(num_tokens, ROWS), rows, rows)
 
         return self._programs.get(("scorer", num_tokens), lower, self._options(SCORED_ROWS))
 
@@ -237,11 +241,18 @@ class StepPrograms:
         with_experts = with_attention and any(layer.experts is not None for layer in self._plan.model.layers)
         return compiler_options(num_rows, self._platform, with_attention=with_attention, with_experts=with_experts)
 
-    def _per_shard(self, shape: tuple[int, ...], dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self._plan.num_shards, *shape), dtype, sharding=self.per_shard)
+    def _per_shard(
+        self, shape: tuple[int, ...], dtype: Any = np.int32, spec: PartitionSpec = PER_SHARD
+    ) -> jax.ShapeDtypeStruct:
+        here = NamedSharding(self.stage.mesh, spec)
+        return jax.ShapeDtypeStruct((self._plan.num_shards, *shape), dtype, sharding=here)
 
-    def _here(self, shapes: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.per_shard), shapes)
+    def _placed(self, parts: Any, specs: tuple[PartitionSpec, ...]) -> Any:
+        """The shapes of a function's results, each part where its spec puts it."""
+        return tuple(
+            jax.tree.map(lambda leaf, here=here: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), part)
+            for part, here in zip(parts, shardings(self.stage.mesh, specs), strict=True)
+        )
 
     @property
     def _logits(self) -> PartitionSpec:
@@ -251,8 +262,8 @@ class StepPrograms:
     def _buffer(self, layout: BatchLayout) -> jax.ShapeDtypeStruct:
         return self._per_shard((layout.size,))
 
-    def _hidden(self, num_rows: int) -> jax.ShapeDtypeStruct:
-        return self._per_shard((num_rows, self._model.config.hidden_size), self._plan.dtype)
+    def _hidden(self, num_rows: int, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return self._per_shard((num_rows, self._model.config.hidden_size), self._plan.dtype, spec)
 
     @staticmethod
     def _initial_state(model: Model, plan: Plan, mesh: Mesh) -> SamplerState:

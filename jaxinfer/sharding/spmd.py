@@ -1,10 +1,12 @@
 """Programs over a mesh, written as what one device does (`jax.shard_map`): nothing moves between devices unasked.
 
 The devices form shards, one for each place on the axes of SHARDS; a shard has sequences, pages and sampler slots of its
-own, and its devices share the work on them. Arrays come in three kinds:
+own, and its devices share the work on them. Arrays come in these kinds:
 
     parameters   cut as sharding/rules.py says, and gathered over `fsdp` just before they are used (`gather_stored`)
-    PER_SHARD    axis 0 is shards: a batch, hidden states, a sampler's slots; all devices of a shard have its own
+    PER_SHARD    axis 0 is shards: a batch, a sampler's slots, rows to sample from; all devices of a shard have its own
+    ROWS         the same, and axis 1, tokens, is cut over `context`: all that is computed token by token
+    PER_PLACE    axis 0 is shards and their places on `context`: what attention is told of the keys a place has
     PER_DEVICE   axis 0 is cut over all devices: page pools, which nobody but a device's own kernel reads
 """
 
@@ -22,7 +24,10 @@ from jaxinfer.sharding.mesh import AXES
 from jaxinfer.sharding.rules import STORED_APART, mesh_axes
 
 SHARDS = ("data", "fsdp", "expert")
+CONTEXT = "context"
 PER_SHARD = PartitionSpec(SHARDS)
+ROWS = PartitionSpec(SHARDS, CONTEXT)
+PER_PLACE = PartitionSpec((*SHARDS, CONTEXT))
 PER_DEVICE = PartitionSpec(AXES)
 
 
@@ -60,7 +65,7 @@ def each_device(function: Callable[..., Any], mesh: Mesh, inputs: tuple[Any, ...
     """`function`, given and giving one device's parts, as a function of whole arrays.
 
     inputs, outputs: a PartitionSpec, or a structure of them, for every argument and result. Arrays whose first axis is
-    cut into shards come without that axis, and are given back so.
+    cut into shards, or their places, come without that axis, and are given back so.
     """
     return jax.shard_map(
         _without_shard_axis(function, inputs, outputs), mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False
@@ -97,7 +102,7 @@ def _given_back(spec: Any, result: Any) -> Any:
 
 
 def _has_shard_axis(spec: Any) -> bool:
-    return _is_spec(spec) and len(spec) > 0 and spec[0] == SHARDS
+    return _is_spec(spec) and len(spec) > 0 and spec[0] in (SHARDS, PER_PLACE[0])
 
 
 def _is_spec(leaf: Any) -> bool:
@@ -161,3 +166,29 @@ def sum_own_rows(x: jax.Array, axis: str) -> jax.Array:
 def place_on(axis: str) -> jax.Array:
     """Which part of a logical axis is this device's, int32 []."""
     return jax.lax.axis_index(mesh_axes((axis,)))
+
+
+# The rows of a batch [T, ...] lie in order on the C devices of `context`, T / C on each. (A collective of one device
+# would be kept by XLA's CPU compiler.)
+
+
+def own_part(rows: jax.Array) -> jax.Array:
+    """Of rows [T, ...] that every device has, this device's own [T / C, ...]."""
+    count = rows.shape[0] // jax.lax.axis_size(CONTEXT)
+    if count == rows.shape[0]:
+        return rows
+    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(CONTEXT) * count, count)
+
+
+def all_parts(own: jax.Array) -> jax.Array:
+    """The rows [T, ...] of which each device has [T / C, ...], on every device."""
+    return own if jax.lax.axis_size(CONTEXT) == 1 else jax.lax.all_gather(own, CONTEXT, tiled=True)
+
+
+def rows_at(own: jax.Array, places: jax.Array) -> jax.Array:
+    """Those at `places` [R] of all rows [T, D], of which each device has [T / C, D]: [R, D], on every device."""
+    if jax.lax.axis_size(CONTEXT) == 1:
+        return own[places]
+    here = places - jax.lax.axis_index(CONTEXT) * own.shape[0]
+    is_here = (here >= 0) & (here < own.shape[0])
+    return jax.lax.psum(jnp.where(is_here[:, None], own[here], 0), CONTEXT)

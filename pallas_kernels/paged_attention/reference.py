@@ -36,6 +36,36 @@ def paged_attention(
 
     Returns the mixed values [T, N, H] in q's dtype, zero for padding tokens, and the pool.
     """
+    out, _, pool = paged_attention_part(
+        q, k, v, pool, page_table, query_start, kv_len,
+        scale=scale, window=window, soft_cap=soft_cap, sinks=sinks, latent_dim=latent_dim,
+    )  # fmt: skip
+    return out.astype(q.dtype), pool
+
+
+def paged_attention_part(
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    pool: jax.Array,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    kv_len: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    latent_dim: int | None = None,
+    context: int = 1,
+    place: jax.Array | int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The part of the same attention that is over the keys of positions place, place + context, place + 2 context, ...
+
+    They are all that the pool holds and is given: the n-th is in slot n of its sequence. The sinks are of place 0.
+    Returns the mixed values in float32, the log of the sum of exponentials float32 [T, N], -inf where a query saw no
+    key, and the pool. pallas_kernels/merge_attention merges the parts.
+    """
     num_tokens, num_heads, head_dim = q.shape
     num_sequences, table_width = page_table.shape
     _, _, num_kv_heads, page_size, _ = pool.shape
@@ -46,15 +76,18 @@ def paged_attention(
 
     if k is not None:
         new = jnp.stack([k] if v is None else [k, v], axis=1)
-        page = jnp.where(real, page_table[row, position // page_size % table_width], 0)
-        pool = pool.at[page, :, :, position % page_size].set(new.astype(pool.dtype))
+        slot = position // context
+        page = page_table[row, slot // page_size % table_width]
+        page = jnp.where(real & (position % context == place), page, 0)
+        pool = pool.at[page, :, :, slot % page_size].set(new.astype(pool.dtype))
 
     # Each slot of a table holds the newest position that falls on it, which is past the end only in the last page.
     column = jnp.arange(table_width)
-    last_page = (kv_len[:, None] - 1) // page_size
+    last_page = (kv_len[:, None] - 1 - place) // context // page_size
     logical_page = last_page - (last_page - column) % table_width
-    key_position = (logical_page[:, :, None] * page_size + jnp.arange(page_size)).reshape(num_sequences, -1)
-    written = (key_position >= 0) & (key_position < kv_len[:, None])
+    key_slot = (logical_page[:, :, None] * page_size + jnp.arange(page_size)).reshape(num_sequences, -1)
+    key_position = key_slot * context + place
+    written = (key_slot >= 0) & (key_position < kv_len[:, None])
     gathered = pool[page_table].astype(jnp.float32).transpose(0, 2, 3, 1, 4, 5)  # [S, 1 or 2, K, P, B, H]
     gathered = gathered.reshape(num_sequences, -1, num_kv_heads, table_width * page_size, head_dim)
     keys, values = gathered[row, 0], gathered[row, -1, ..., :latent_dim]
@@ -70,10 +103,14 @@ def paged_attention(
     values = jnp.where(seen[:, None, :, None], values, 0.0)  # 0 times what a page's last owner left may be NaN
     logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
     if sinks is not None:
+        sinks = jnp.where(jnp.asarray(place) == 0, sinks, -jnp.inf)
         sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1), (*logits.shape[:-1], 1))
         logits = jnp.concatenate([logits, sink], axis=-1)
     peak = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    weights /= jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    weights = jnp.exp(logits - peak)
+    total = weights.sum(-1, keepdims=True)
+    weights /= jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     out = jnp.einsum("tkgj,tkjh->tkgh", weights[..., : keys.shape[2]], values, precision="highest")
-    return out.reshape(num_tokens, num_heads, -1).astype(q.dtype), pool
+    lse = (peak + jnp.log(total)).reshape(num_tokens, num_heads)
+    return out.reshape(num_tokens, num_heads, -1), lse, pool

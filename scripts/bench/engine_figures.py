@@ -225,7 +225,12 @@ def run_books(
 ) -> None:
     """Schedule requests of (prompt tokens, output tokens) to their ends, as an engine with this plan would."""
     manager = KVCacheManager(
-        plan.groups, plan.num_pages, plan.page_size, plan.table_widths, plan.max_num_seqs, enable_prefix_caching=False
+        plan.groups,
+        plan.num_pages,
+        plan.tokens_per_page,
+        plan.table_widths,
+        plan.max_num_seqs,
+        enable_prefix_caching=False,
     )
     limits = SchedulerConfig(plan.max_num_seqs, plan.max_num_batched_tokens, plan.max_model_len)
     scheduler = Scheduler(limits, manager)
@@ -254,7 +259,8 @@ def waste(num_requests: int = 512, batch: int = 32) -> Iterator[Figure]:
 
     run_books(plan, [(prompt, output) for prompt, output in lengths.tolist()], note)
     yield Figure(
-        f"KV waste, {num_requests} requests of {lengths.sum(1).mean():.0f} tokens (mean), pages of {plan.page_size}",
+        f"KV waste, {num_requests} requests of {lengths.sum(1).mean():.0f} tokens (mean), "
+        f"pages of {plan.tokens_per_page}",
         f"{unused / held:.1%}",
         "under 4%",
         unused / held < 0.04,
@@ -281,7 +287,7 @@ def window(lengths: Several[int] = (1024, 4096, 16_384, 32_768)) -> Iterator[Fig
         held: list[int] = []
         run_books(plan, [(length - 64, 64)], lambda _, manager, held=held: held.append(manager.pools[1].num_held))
         most.append(max(held) * page_bytes)
-        whole = -(-length // plan.page_size) * page_bytes
+        whole = -(-length // plan.tokens_per_page) * page_bytes
         yield Figure(
             f"KV cache of {num_layers} layers with a window of 512, one sequence of {length:,} tokens",
             f"{format_bytes(most[-1])}, {most[-1] / whole:.1%} of a full cache",

@@ -15,14 +15,14 @@ from tests.e2e.harness import GOLDENS
 from tests.sharding.run_on_devices import run_on_devices
 
 LAYOUTS = {
-    "llama3_gqa": ["data=2,fsdp=2,tensor=2"],
-    "gpt_bigcode_mqa": ["tensor=4"],  # one kv head: every device has it
-    "gemma2": ["data=2,tensor=2"],  # windows, soft caps
-    "gemma4_e": ["data=2,fsdp=2"],  # keys shared across layers, per-layer inputs, two head dims
+    "llama3_gqa": ["data=2,fsdp=2,tensor=2", "context=4,tensor=2"],
+    "gpt_bigcode_mqa": ["context=2,tensor=4"],  # one kv head: every device has it
+    "gemma2": ["data=2,context=2,tensor=2"],  # windows, soft caps
+    "gemma4_e": ["fsdp=2,context=4"],  # keys shared across layers, per-layer inputs, two head dims
     "olmo2": ["tensor=2"],  # a norm over all heads
     "qwen3_moe_windows": ["fsdp=2,expert=2,tensor=2"],
-    "gpt_oss": ["tensor=2"],  # sinks, biases
-    "deepseek_v3": ["data=2,expert=4"],  # latent attention, grouped routing, a shared expert
+    "gpt_oss": ["context=2,tensor=2"],  # sinks, biases
+    "deepseek_v3": ["context=2,expert=4"],  # latent attention, grouped routing, a shared expert
     "deepseek_v3_dense": ["tensor=3"],
 }
 

@@ -32,7 +32,8 @@ def make_case(**changes: object) -> AttentionCase:
 class Ragged:
     """Sequences of cached tokens plus new ones, decodes first, laid out in a shuffled pool full of NaN.
 
-    What no query of the step may see, because it left the window, is NaN too.
+    What no query of the step may see, because it left the window, is NaN too. Where devices share the keys each has a
+    pool.
 
     lengths [(cached, new)]; num_tokens and num_sequences are the padded T and S. A table_width that is less than the
     longest sequence's pages makes the tables rings.
@@ -49,7 +50,7 @@ class Ragged:
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
-        case, page = self.case, self.case.page_size
+        case, page = self.case, self.case.context * self.case.page_size
         shape = (case.num_kv_heads, case.head_dim)
         self.keys = [rng.normal(size=(c + n, *shape)).astype(np.float32) for c, n in self.lengths]
         if case.latent_dim is None:
@@ -65,14 +66,15 @@ class Ragged:
         free = list(rng.permutation(np.arange(1, num_pages)))
         table = np.zeros((self.num_sequences, width), np.int32)
         kinds = 2 if case.latent_dim is None else 1
-        self.pool = np.full((num_pages, kinds, case.num_kv_heads, page, case.head_dim), np.nan, np.float32)
+        shape = (case.context, num_pages, kinds, case.num_kv_heads, case.page_size, case.head_dim)
+        self.pools = np.full(shape, np.nan, np.float32)
+        self.pool = self.pools[0]
         tokens: list[tuple[int, int]] = []
         for row, ((cached, new), n) in enumerate(zip(self.lengths, held, strict=True)):
             table[row, :n] = [free.pop() for _ in range(n)]
             seen = 0 if case.window is None else max(0, cached - case.window + 1)
             for position in range(seen, cached):
-                slot = table[row, position // page % width]
-                self.pool[slot, :, :, position % page] = self.written(row, position)
+                self.kept(self.pools, table, row, position)[...] = self.written(row, position)
             tokens += [(row, cached + i) for i in range(new)]
         real, padding = len(tokens), self.num_tokens - len(tokens)
         starts = np.cumsum([0, *(n for _, n in self.lengths)])
@@ -92,6 +94,12 @@ class Ragged:
                 num_sequences=np.array(len(self.lengths)),
             ),
         )
+
+    def kept(self, pools: np.ndarray, table: np.ndarray, row: int, position: int) -> np.ndarray:
+        """Where pools [C, pages, ...] have a token's key and value, [1 or 2, K, H]; on one device that is one pool."""
+        context, page_size = self.case.context, self.case.page_size
+        page = table[row, position // (context * page_size) % table.shape[1]]
+        return pools[position % context, page, :, :, position // context % page_size]
 
     def written(self, row: int, position: int) -> np.ndarray:
         """What the pool holds of a token: [2, K, H], or [1, K, H] where keys begin with their values."""

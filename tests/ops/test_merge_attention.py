@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels.flash_attention.cases import FlashCase
 from pallas_kernels.flash_attention.reference import flash_attention
-from pallas_kernels.merge_attention.reference import merge, merge_across
+from pallas_kernels.merge_attention.reference import merge, merge_across, merge_own_rows
 
 CASE = FlashCase(4, 2, 8, 8, 0.35, dtype="float32")
 
@@ -78,6 +78,16 @@ def test_across_devices_is_the_same() -> None:
     found = jax.shard_map(across, mesh=mesh, in_specs=(spec, spec), out_specs=PartitionSpec())(out, lse)
     for one, other in zip(found, merge(out, lse), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_own_rows_are_those_of_the_whole() -> None:
+    """Three devices, as lanes of a `vmap`; what two of them saw of the first rows was nothing."""
+    rng = np.random.default_rng(0)
+    out = jnp.asarray(rng.normal(size=(3, 6, 2, 4)), jnp.float32).at[:2, 0].set(np.nan)
+    lse = jnp.asarray(rng.normal(size=(3, 6, 2)), jnp.float32).at[:2, 0].set(-np.inf)
+    own = jax.vmap(lambda out, lse: merge_own_rows(out, lse, "context"), axis_name="context")(out, lse)
+    for parts, whole in zip(own, merge(out, lse), strict=True):
+        np.testing.assert_allclose(parts.reshape(whole.shape), whole, rtol=1e-6)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -131,12 +131,12 @@ def test_other_parameters_and_gradients() -> None:
 
 
 def test_on_meshes() -> None:
-    """Own programs on 8 devices, the mesh given by jax: dense over three axes, experts over a fourth."""
+    """Own programs on 8 devices, the mesh given by jax: dense over three axes, experts over two others."""
     code = """
 import jax
 from jaxinfer.loading import load_model
 from tests.runner.test_functional import GOLDENS, check
-for golden, axes in (("llama3_gqa", ("data", "fsdp", "tensor")), ("qwen3_moe_windows", ("expert", "tensor", "data"))):
+for golden, axes in (("llama3_gqa", ("data", "fsdp", "tensor")), ("qwen3_moe_windows", ("expert", "context", "data"))):
     loaded = load_model(GOLDENS / golden, mesh=jax.make_mesh((2, 2, 2), axes))
     caller = check(loaded)
     for array, sharding in zip(

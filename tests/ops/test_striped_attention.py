@@ -1,0 +1,126 @@
+"""Attention whose keys several devices share, against the oracle of the whole. The devices are lanes of a `vmap`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxinfer.ops.paged_attention import BACKENDS, AttentionCase, attend, choose_backend
+from tests.ops.ragged import Ragged, make_case
+
+BY_NAME = {backend.name: backend for backend in BACKENDS if backend.supports(make_case(context=2)) is None}
+
+
+@functools.cache
+def striped(name: str, case: AttentionCase) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """q, k, v [T, ...], pools [C, ...], batch, sinks -> out [T, N, H], pools."""
+    backend = BY_NAME[name]
+
+    def run(q, k, v, pools, batch, sinks):
+        def on_device(q, k, v, pool):
+            metadata = backend.prepare(case, batch, 0)
+            return attend(backend, case, q, k, v, pool, batch, 0, metadata, sinks)
+
+        parts = jax.tree.map(lambda rows: rows.reshape(case.context, -1, *rows.shape[1:]), (q, k, v))
+        out, pools = jax.vmap(on_device, axis_name="context")(*parts, pools)
+        return out.reshape(-1, *out.shape[2:]), pools
+
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def check(ragged: Ragged, name: str) -> jax.Array:
+    """Run one backend on all devices; hold its output and what each device wrote to the oracle. Returns the pools."""
+    case, sinks = ragged.case, None if ragged.sinks is None else jnp.asarray(ragged.sinks)
+    pools = jnp.asarray(ragged.pools, case.dtype)
+    out, pools = striped(name, case)(*ragged.inputs(), pools, ragged.batch, sinks)
+    expected = ragged.expected()
+    np.testing.assert_allclose(np.asarray(out, np.float64)[: len(expected)], expected, atol=2e-5, rtol=2e-5)
+    table, held = np.asarray(ragged.batch.page_tables[0]), np.array(pools)
+    for row, (cached, new) in enumerate(ragged.lengths):
+        for position in range(cached, cached + new):
+            kept = ragged.kept(held, table, row, position)
+            np.testing.assert_array_equal(kept, ragged.written(row, position))
+            kept[...] = ragged.kept(ragged.pools, table, row, position)
+    np.testing.assert_array_equal(held[:, 1:], ragged.pools[:, 1:], err_msg="other slots were written to")
+    return pools
+
+
+# Case, T, S, table width, longest cached part. Few, so that few programs are compiled: windows that the devices do not
+# divide (rings), pages of one slot, more rows than are tiled at once, what a GPU does where a CPU does otherwise.
+KINDS = (
+    (make_case(context=2), 16, 6, 9, 40),
+    (
+        make_case(num_heads=6, num_kv_heads=1, head_dim=5, page_size=3, soft_cap=2.0, window=20, context=3),
+        150,
+        20,
+        19,
+        90,
+    ),
+    (make_case(page_size=1, window=3, has_sinks=True, context=4), 16, 8, 6, 60),
+    (
+        make_case(num_heads=3, num_kv_heads=1, head_dim=9, latent_dim=8, page_size=2, platform="gpu", context=4),
+        8,
+        5,
+        8,
+        50,
+    ),
+)
+
+
+@st.composite
+def ragged_batches(draw: st.DrawFn) -> Ragged:
+    """Any mixture of decodes and chunks that fits; short sequences leave devices without keys."""
+    case, num_tokens, num_sequences, width, longest = draw(st.sampled_from(KINDS))
+    cached = st.one_of(st.integers(0, case.context), st.integers(0, longest))
+    rows = draw(st.integers(1, num_sequences))
+    decodes = draw(st.integers(0, min(rows, num_tokens - 2)))
+    lengths = [(draw(cached), 1) for _ in range(decodes)]
+    room = num_tokens - decodes
+    while len(lengths) < rows and room >= 2:
+        new = draw(st.integers(2, room))
+        room -= new
+        fits = width * case.page_size * case.context - new
+        lengths.append((draw(cached) if case.window is not None else min(draw(cached), fits), new))
+    return Ragged(case, lengths, num_tokens, num_sequences, width, seed=draw(st.integers(0, 2**16)))
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@settings(max_examples=30, deadline=None)
+@given(ragged=ragged_batches())
+def test_parts_merge_to_the_oracle(name: str, ragged: Ragged) -> None:
+    check(ragged, name)
+
+
+def test_first_tokens_and_empty_devices() -> None:
+    """A first token is seen by one device alone; a decode of any length up to twice the devices, with sinks."""
+    case, *sizes = KINDS[2][:4]
+    check(Ragged(case, [(cached, 1) for cached in range(8)], *sizes), "xla")
+    check(Ragged(case, [(0, 1), (0, 2), (1, 3)], *sizes), "xla")
+    check(Ragged(case, [], *sizes), "xla")
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_reads_another_layers_keys(name: str) -> None:
+    case, *sizes = KINDS[0][:4]
+    ragged = Ragged(case, [(9, 1), (4, 6)], *sizes)
+    q, _, _ = ragged.inputs()
+    pools = check(ragged, name)
+    shared, after = striped(name, case)(q, None, None, pools, ragged.batch, None)
+    np.testing.assert_allclose(shared[:7], ragged.expected(), atol=2e-5, rtol=2e-5)
+    np.testing.assert_array_equal(after, pools)
+
+
+def test_kernels_that_give_no_parts_are_not_used() -> None:
+    case = make_case(context=2, head_dim=128, num_heads=8, page_size=16, platform="tpu")
+    chosen, refusals = choose_backend(case)
+    assert chosen.name == "xla"
+    assert refusals["pallas_tpu"] == "it gives no log-sum-exp, and the keys are spread over context=2 devices"
+    assert choose_backend(replace(case, context=1))[0].name == "pallas_tpu"
