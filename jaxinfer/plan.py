@@ -281,11 +281,12 @@ def _pool_sizes(
 
 def _free_memory(mesh: Mesh) -> int:
     """Bytes the KV cache may take, over all devices of the mesh."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     if device.platform == "cpu":
         # Of the whole, not of what happens to be free: programs are made for a pool's size, and kept.
         total, available = _host_memory()
-        return min(int(HOST_FRACTION * total), available // 2)
+        num_processes = mesh.size // len(mesh.local_devices)
+        return num_processes * min(int(HOST_FRACTION * total), available // 2)
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise ValueError(f"{device} does not tell its memory; give kv_cache_memory or num_pages")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxinfer.cache.pool import empty_pools
+from jaxinfer.distributed.lead import Lead
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.models.model import Model, Params
 from jaxinfer.outputs import ScoredTokens
@@ -25,7 +29,7 @@ from jaxinfer.sampling.logprobs import TokenLogprobs
 from jaxinfer.sampling.sampler import SampleOutput
 from jaxinfer.scheduler.schedule import Schedule
 from jaxinfer.scheduler.sequence import Sequence
-from jaxinfer.sharding.spmd import PER_SHARD
+from jaxinfer.sharding.spmd import PER_SHARD, spans_processes
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ class StepResult:
     logprobs: ScoredTokens | None
     invalid: tuple[Sequence, ...]
     prompt_logprobs: tuple[tuple[Sequence, int, list[int], ScoredTokens], ...]
+
+
+@contextmanager
+def _alone(what: str, content: Callable[[], Any] | None = None) -> Iterator[None]:
+    """There are no other processes to tell."""
+    yield
 
 
 @dataclass(frozen=True)
@@ -98,17 +108,26 @@ class Runner:
     """The devices' side of an engine: parameters, page pools, sampler state and the compiled programs."""
 
     def __init__(
-        self, model: Model, params: Params, plan: Plan, metrics: EngineMetrics, kept_in: Path | None = None
+        self,
+        model: Model,
+        params: Params,
+        plan: Plan,
+        metrics: EngineMetrics,
+        kept_in: Path | None = None,
+        lead: Lead | None = None,
     ) -> None:
+        """kept_in: where compiled programs are kept. lead: tells other processes, whose runners do the same."""
         self.model = model
         self.plan = plan
+        self._all_do = _alone if lead is None else lead.all_do
         self._segments = segments(plan)
         self.set_params(params)
         store = None if kept_in is None else self._store(kept_in)
         self._programs = StepPrograms(model, plan, self._ends, self._segment_params, Programs(metrics, store))
         self._planner = StepPlanner(plan)
         self._per_shard = NamedSharding(plan.mesh, PER_SHARD)
-        self.reset()
+        self._spans_processes = spans_processes(plan.mesh)
+        self._start_afresh()
 
     def execute(self, schedules: Several[Schedule], tables: Several[Several[np.ndarray]]) -> PendingStep:
         """Send one step: a schedule and page tables for every shard.
@@ -120,18 +139,22 @@ class Runner:
 
     def send(self, step: StepPlan) -> SentStep:
         """Send a planned step; nothing waits for the device."""
+        with self._all_do("step", step.content):
+            return self._send(step)
+
+    def _send(self, step: StepPlan) -> SentStep:
         for new in step.admissions:
             counts, bias = (np.broadcast_to(own, (len(new.slots), *own.shape)) for own in (new.counts, new.bias))
-            self._state = self._programs.admission()(self._state, new.slots, counts, bias)
+            self._state = self._programs.admission()(self._state, *map(self._placed, (new.slots, counts, bias)))
         for sources, targets in step.copies:
-            self._pools = self._programs.copier()(self._pools, sources, targets)
+            self._pools = self._programs.copier()(self._pools, self._placed(sources), self._placed(targets))
         hidden, sampled_from = self._run_model(self._programs.layout(step.num_tokens), step.batch)
         sampled = None
         if step.samples is not None:
             sampler = self._programs.sampler(step.samples.shape[1])
-            sampled, self._state = sampler(self._ends, self._state, sampled_from, step.samples)
+            sampled, self._state = sampler(self._ends, self._state, sampled_from, self._placed(step.samples))
         scores = tuple(
-            self._programs.scorer(step.num_tokens)(self._ends, hidden, rows, targets) for rows, targets in step.scores
+            self._programs.scorer(step.num_tokens)(self._ends, hidden, *map(self._placed, pair)) for pair in step.scores
         )
         return SentStep(hidden, sampled, scores)
 
@@ -145,17 +168,22 @@ class Runner:
 
     def warm_up(self) -> None:
         """Compile every program."""
-        self._programs.make_all()
+        with self._all_do("warm-up"):
+            self._programs.make_all()
 
     def reset(self) -> None:
-        """Fresh pools and sampler state: at the start, and after a failed step may have left them unusable."""
+        """Fresh pools and sampler state, after a failed step may have left them unusable."""
+        with self._all_do("reset"):
+            self._start_afresh()
+
+    def _start_afresh(self) -> None:
         self._pools = empty_pools(self._programs.pools, lambda leaf: self._programs.zeros("pool", leaf)())
         self._state = self._programs.zeros("state", self._programs.state)()
 
     def _run_model(self, layout: BatchLayout, buffer: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Send all layers over packed batches, one a shard: hidden states [shards, T, D], and those of the rows to
         sample from [shards, S, D]."""
-        words = jax.device_put(buffer, self._per_shard)
+        words = self._placed(buffer) if self._spans_processes else jax.device_put(buffer, self._per_shard)
         stream, prepared = self._programs.begin(layout)(self._ends, self._state.last_tokens, words)
         x, pools = stream.x, list(self._pools)
         for number, (segment, params) in enumerate(zip(self._segments, self._segment_params, strict=True)):
@@ -172,6 +200,12 @@ class Runner:
                 pools[pool] = array
             self._pools = tuple(pools)
         return self._programs.end(layout)(self._ends, x, words)
+
+    def _placed(self, array: np.ndarray) -> Any:
+        """A host array [shards, ...] as programs take it. Every process has the same one."""
+        if not self._spans_processes:
+            return array
+        return jax.make_array_from_callback(array.shape, self._per_shard, lambda index: array[index])
 
     def _store(self, directory: Path) -> ProgramStore:
         params = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), (self._ends, self._segment_params))

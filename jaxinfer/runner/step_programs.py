@@ -28,7 +28,7 @@ from jaxinfer.sampling.logprobs import score
 from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingRows
 from jaxinfer.sampling.sampler import SampleOutput, sample
 from jaxinfer.sampling.state import SamplerState, admit, init_state
-from jaxinfer.sharding.spmd import PER_DEVICE, PER_SHARD, SHARDS, each_device, each_shard, shardings, specs
+from jaxinfer.sharding.spmd import PER_DEVICE, PER_SHARD, SHARDS, each_device, each_shard, shardings, spans_processes, specs
 
 
 class StepPrograms:
@@ -50,6 +50,8 @@ class StepPrograms:
         self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what its `begin` returns, once traced
         head = specs(ends["embed" if model.config.tie_embeddings else "lm_head"]["weight"])
         self._logits = PartitionSpec(SHARDS, None, *head[:1])
+        # What the host reads: of all shards, where one process reads for several.
+        self._read = NamedSharding(plan.mesh, PartitionSpec() if spans_processes(plan.mesh) else PER_SHARD)
 
     def layout(self, num_tokens: int) -> BatchLayout:
         return BatchLayout(num_tokens, self._plan.max_num_seqs, self._plan.table_widths)
@@ -142,7 +144,7 @@ class StepPrograms:
             return draw(logits, state, words)
 
         def lower() -> jax.stages.Lowered:
-            outputs = (NamedSharding(self._plan.mesh, PER_SHARD), jax.tree.map(lambda leaf: leaf.sharding, self.state))
+            outputs = (self._read, jax.tree.map(lambda leaf: leaf.sharding, self.state))
             jitted = jax.jit(run, donate_argnums=1, out_shardings=outputs)
             words = self._per_shard((num_rows, NUM_COLUMNS))
             return jitted.lower(self._ends, self.state, self._hidden(self._plan.max_num_seqs), words)
@@ -161,7 +163,7 @@ class StepPrograms:
 
         def lower() -> jax.stages.Lowered:
             rows = self._per_shard((SCORED_ROWS,))
-            jitted = jax.jit(run, out_shardings=NamedSharding(self._plan.mesh, PER_SHARD))
+            jitted = jax.jit(run, out_shardings=self._read)
             return jitted.lower(self._ends, self._hidden(num_tokens), rows, rows)
 
         return self._programs.get(("scorer", num_tokens), lower, self._options(SCORED_ROWS))

@@ -30,6 +30,11 @@ def num_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in SHARDS)
 
 
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether some of the devices are another process's."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def specs(arrays: Any) -> Any:
     """How arrays are cut, in their own structure; one that lies on a single device is whole."""
 
