@@ -107,6 +107,8 @@ def _command(args: argparse.Namespace, open_engine: OpenEngine) -> int:
         _check_flags(args)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("jaxinfer").setLevel(logging.INFO)
+    if args.coordinator is not None:
+        _keep_output_for_results()
     with _as_job_error():
         group = join_group(args, status_when_lost=NOT_FINISHED)
     if group is not None and group.process_id:
@@ -120,6 +122,13 @@ def _command(args: argparse.Namespace, open_engine: OpenEngine) -> int:
     if group is not None:
         group.close(status)
     return status
+
+
+def _keep_output_for_results() -> None:
+    """Gloo, by which CPUs of several processes talk, tells of its connections on standard output: not on ours."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    os.dup2(2, 1)
 
 
 def _status_of(work: Callable[[], int]) -> int:

@@ -118,7 +118,7 @@ def join(
     except ValueError as error:
         group.leave(status_when_lost, str(error))
         raise
-    log.info("process %d of %d, with %s:%d", place.process_id, place.num_processes, place.host, place.port)
+    log.info("process %d of %d, coordinated by %s", place.process_id, place.num_processes, _address(place))
     return group
 
 
@@ -170,7 +170,7 @@ class Group:
         self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._is_over = False  # peers may go
         self._ending = threading.Lock()
-        self._exit_status: int | None = None  # where the interpreter's own farewell would wait for processes that are gone
+        self._exit_status: int | None = None  # set where jax's own farewell would wait for processes that are gone
         for peer in peers.values():
             threading.Thread(target=self._listen, args=(peer,), name=f"link to {peer.name}", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()

@@ -26,7 +26,7 @@ class Lead:
         group.tell("load", {**asdict(config), "compilation_cache_dir": False})
 
     def share_plan(self, num_pages: tuple[int, ...], made: str) -> None:
-        """The others plan as this process did, with its number of pages. made: the plan as text, which theirs equals."""
+        """The others plan as this process did, with as many pages. made: the plan as text, which theirs equals."""
         self._group.tell("plan", [num_pages, digest(made)])
 
     @contextlib.contextmanager
@@ -60,7 +60,7 @@ def lead(config: EngineConfig) -> Lead:
         raise ValueError("jax has devices of other processes; let jaxinfer.distributed.join start it")
     if group.process_id:
         raise ValueError(
-            f"this is process {group.process_id}; make engines on process 0, and call jaxinfer.distributed.follow() here"
+            f"this is process {group.process_id}; make engines on process 0, and call jaxinfer.distributed.follow here"
         )
     return Lead(group, config)
 

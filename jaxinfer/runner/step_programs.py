@@ -28,7 +28,16 @@ from jaxinfer.sampling.logprobs import score
 from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingRows
 from jaxinfer.sampling.sampler import SampleOutput, sample
 from jaxinfer.sampling.state import SamplerState, admit, init_state
-from jaxinfer.sharding.spmd import PER_DEVICE, PER_SHARD, SHARDS, each_device, each_shard, shardings, spans_processes, specs
+from jaxinfer.sharding.spmd import (
+    PER_DEVICE,
+    PER_SHARD,
+    SHARDS,
+    each_device,
+    each_shard,
+    shardings,
+    spans_processes,
+    specs,
+)
 
 
 class StepPrograms:
