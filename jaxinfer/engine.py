@@ -16,11 +16,13 @@ from itertools import chain
 from numbers import Integral
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer.cache.manager import KVCacheManager
 from jaxinfer.config import EngineConfig
+from jaxinfer.distributed.lead import Lead, lead
 from jaxinfer.loading import LoadedModel, load_model
 from jaxinfer.metrics import EngineMetrics, EngineStats
 from jaxinfer.models.layout import check_layout
@@ -32,6 +34,7 @@ from jaxinfer.scheduler.schedule import Schedule, SchedulerConfig
 from jaxinfer.scheduler.scheduler import Scheduler
 from jaxinfer.scheduler.sequence import Sequence
 from jaxinfer.scheduler.shards import ShardedScheduler
+from jaxinfer.sharding.spmd import spans_processes
 from jaxinfer.tokenizer import IncrementalDetokenizer, Tokenizer
 from jaxinfer.types import Request, RequestOutput, SamplingParams, check_against_vocabulary
 
@@ -48,12 +51,18 @@ class Engine:
         self.config = config
         if loaded is not None and (mesh is not None or config.mesh is not None):
             raise ValueError(f"mesh={mesh or config.mesh} is given, but the model is loaded already; load it onto that")
+        self._lead = _lead(config, mesh if loaded is None else loaded.mesh)
         self.loaded = loaded or load_model(config.model, mesh=mesh or config.mesh, dtype=config.dtype)
         check_layout(self.loaded.config, self.loaded.mesh)
         self.plan = resolve(config, self.loaded.config, self.loaded.model.dtype, self.loaded.mesh)
         log.info("%s", self.plan.describe())
+        kept_in = config.compilation_cache_path
+        if self._lead is not None:
+            self._lead.share_plan(self.plan.num_pages, repr(self.plan))
+            kept_in = None
+            log.info("programs of several processes are not kept; every start compiles them")
         self.metrics = EngineMetrics(self.plan.kv_cache_bytes)
-        self.runner = Runner(*self.loaded.serving_form(), self.plan, self.metrics, config.compilation_cache_path)
+        self.runner = Runner(*self.loaded.serving_form(), self.plan, self.metrics, kept_in, self._lead)
         self._num_added = 0
         self._open_books()
 
@@ -196,8 +205,10 @@ class Engine:
     def update_params(self, params: Params) -> None:
         """Swap the weights. Running requests keep the tokens they have and go on under the new weights.
 
-        ValueError where `params` is not shaped like this model's.
+        ValueError where `params` is not shaped like this model's, and where other processes hold a part of them.
         """
+        if self._lead is not None:
+            raise ValueError("weights that several processes hold can not be swapped; start again with the new ones")
         placed = self.loaded.place(params)
         self._in_flight = [None] * self.plan.num_lanes
         self.scheduler.reset_cache()
@@ -306,6 +317,18 @@ class Engine:
 
     def _decode_token(self, token_id: int) -> str | None:
         return self.tokenizer.decode([token_id], skip_special_tokens=False) if self._has_tokenizer else None
+
+
+def _lead(config: EngineConfig, given: Mesh | None) -> Lead | None:
+    """None for an engine of this process's own devices. given: a mesh that there is already."""
+    if given is None:
+        return lead(config) if jax.process_count() > 1 else None
+    if spans_processes(given):
+        raise ValueError(
+            "the mesh has devices of other processes, which have to load the model too; give the model's path, and the "
+            "mesh as text, such as 'tensor=2'"
+        )
+    return None
 
 
 def make_request(

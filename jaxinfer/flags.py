@@ -6,9 +6,12 @@ A flag that is not given leaves no trace in the namespace, so that the environme
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxinfer.config import DTYPES, EngineConfig, default_model, parse_cache_dir
+
+if TYPE_CHECKING:
+    from jaxinfer.distributed.group import Group
 
 _SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "n", "stop", "ignore_eos", "logprobs")
 
@@ -52,6 +55,32 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "where compiled programs are kept, or 'off' (default: in the user's cache directory)",
         type=parse_cache_dir,
     )
+
+
+def add_group_flags(parser: argparse.ArgumentParser) -> None:
+    """Where this process is one of several that run a model together."""
+    group = parser.add_argument_group(
+        "several processes", "The same command, on every host, with a --process-id of its own; process 0 leads."
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of process 0; or auto, on TPU pods, SLURM, Kubernetes and Open MPI, without the other two",
+    )
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I", help="from 0 to N - 1")
+
+
+def join_group(args: argparse.Namespace, status_when_lost: int) -> Group | None:
+    """Meet the others, where the flags say that there are any. ValueError for flags that do not, or contradict."""
+    if args.coordinator is None:
+        for flag in ("num_processes", "process_id"):
+            if getattr(args, flag) is not None:
+                raise ValueError(f"--{flag.replace('_', '-')} needs --coordinator HOST:PORT, of process 0")
+        return None
+    from jaxinfer.distributed.group import join
+
+    return join(args.coordinator, args.num_processes, args.process_id, status_when_lost=status_when_lost)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -17,7 +17,6 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.stages import Stage, stages
 from jaxinfer.ops.paged_attention import AttentionCase, Backend, choose_backend
-from jaxinfer.sharding.mesh import AXES
 from jaxinfer.sharding.spmd import num_shards
 
 log = logging.getLogger(__name__)
@@ -320,12 +319,13 @@ def _free_memory(mesh: Mesh) -> int:
     if mesh.devices.flat[0].platform == "cpu":
         # Of the whole, not of what happens to be free: programs are made for a pool's size, and kept.
         total, available = _host_memory()
-        return min(int(HOST_FRACTION * total), available // 2)
+        num_processes = mesh.size // len(mesh.local_devices)
+        return num_processes * min(int(HOST_FRACTION * total), available // 2)
     free = []
-    for stage in np.moveaxis(mesh.devices, AXES.index("stage"), 0):  # which hold unequal parts of the parameters
-        stats = stage.flat[0].memory_stats()
+    for device in mesh.local_devices:  # stages hold unequal parts of the parameters
+        stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
-            raise ValueError(f"{stage.flat[0]} does not tell its memory; give kv_cache_memory or num_pages")
+            raise ValueError(f"{device} does not tell its memory; give kv_cache_memory or num_pages")
         free.append(stats["bytes_limit"] - stats["bytes_in_use"])
     return mesh.size * int(ACCELERATOR_FRACTION * min(free))
 

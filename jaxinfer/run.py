@@ -27,7 +27,15 @@ from jaxinfer.batchjob.job import Job, JobCounts, JobSettings
 from jaxinfer.batchjob.lines import InputFile, JobError
 from jaxinfer.batchjob.results import Mode, ResultsFile
 from jaxinfer.config import EngineConfig
-from jaxinfer.flags import OneLineParser, add_engine_flags, add_sampling_flags, engine_config, sampling_defaults
+from jaxinfer.flags import (
+    OneLineParser,
+    add_engine_flags,
+    add_group_flags,
+    add_sampling_flags,
+    engine_config,
+    join_group,
+    sampling_defaults,
+)
 from jaxinfer.metrics import format_seconds, format_table
 
 if TYPE_CHECKING:
@@ -82,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--prompt", metavar="TEXT", help="complete this text and print it as it comes")
     job.add_argument("--chat", action="store_true", help="give --prompt to the model as a user's chat message")
     add_engine_flags(result)
+    add_group_flags(result)
     add_sampling_flags(result)
     return result
 
@@ -90,26 +99,56 @@ def main(argv: Sequence[str] | None = None, *, open_engine: OpenEngine = open_en
     """Run the command; returns the exit status."""
     args = parser().parse_args(argv)
     with _sigterm_as_interrupt():
-        try:
-            with _as_job_error():
-                _check_flags(args)
-            logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-            logging.getLogger("jaxinfer").setLevel(logging.INFO)
-            return _prompt(args, open_engine) if args.prompt is not None else _batch(args, open_engine)
-        except JobError as error:
-            _tell_error(str(error))
-            return NOT_FINISHED
-        except BrokenPipeError:
-            # Nobody reads standard output any more; the interpreter would complain again when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return NO_READER
-        except KeyboardInterrupt as error:
-            _tell("stopped")
-            return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-        except Exception:
-            traceback.print_exc()
-            _tell_error("this is a defect of jaxinfer; the lines above say where")
-            return DEFECT
+        return _status_of(lambda: _command(args, open_engine))
+
+
+def _command(args: argparse.Namespace, open_engine: OpenEngine) -> int:
+    with _as_job_error():
+        _check_flags(args)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("jaxinfer").setLevel(logging.INFO)
+    if args.coordinator is not None:
+        _keep_output_for_results()
+    with _as_job_error():
+        group = join_group(args, status_when_lost=NOT_FINISHED)
+    if group is not None and group.process_id:
+        from jaxinfer.distributed import follow
+
+        logging.getLogger("jaxinfer").setLevel(logging.WARNING)  # process 0 says the same
+        follow()
+        return ALL_ANSWERED
+    work = _batch if args.prompt is None else _prompt
+    status = _status_of(lambda: work(args, open_engine))
+    if group is not None:
+        group.close(status)
+    return status
+
+
+def _keep_output_for_results() -> None:
+    """Gloo, by which CPUs of several processes talk, tells of its connections on standard output: not on ours."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    os.dup2(2, 1)
+
+
+def _status_of(work: Callable[[], int]) -> int:
+    """The exit status, and for whatever went wrong a line."""
+    try:
+        return work()
+    except JobError as error:
+        _tell_error(str(error))
+        return NOT_FINISHED
+    except BrokenPipeError:
+        # Nobody reads standard output any more; the interpreter would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NO_READER
+    except KeyboardInterrupt as error:
+        _tell("stopped")
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        _tell_error("this is a defect of jaxinfer; the lines above say where")
+        return DEFECT
 
 
 def _check_flags(args: argparse.Namespace) -> None:

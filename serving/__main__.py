@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from jaxinfer.config import EngineConfig, tokens_from_environment
-from jaxinfer.flags import OneLineParser, add_engine_flags, engine_config
+from jaxinfer.flags import OneLineParser, add_engine_flags, add_group_flags, engine_config, join_group
 
 if TYPE_CHECKING:
+    from jaxinfer.distributed.group import Group
     from serving.control import ControlConfig
     from serving.server import Server, ServerConfig
 
@@ -91,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     limit("--stream-pause", "S", float, "collect a stream's text so long at most, under load (default: 0.15; 0 is off)")
     limit("--step-timeout", "S", float, "a step that takes longer hangs, and the process ends (default: 120)")
     add_engine_flags(result)
+    add_group_flags(result)
     return result
 
 
@@ -105,6 +107,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         from serving.logs import set_up_logging
 
         set_up_logging(args.log_format)
+        group = join_group(args, status_when_lost=ENGINE_FAILED)
+    except ValueError as error:
+        _tell_error(str(error))
+        return NOT_STARTED
+    if group is not None and group.process_id:
+        from jaxinfer.distributed import follow
+
+        logging.getLogger("jaxinfer").setLevel(logging.WARNING)  # process 0 says the same
+        follow()
+        return DRAINED
+    status = _lead(args, group)
+    if group is not None:
+        group.close(status)
+    return status
+
+
+def _lead(args: argparse.Namespace, group: Group | None) -> int:
+    """The server itself, on the only process or on process 0 of several."""
+    try:
         engine = engine_config(args)
         config = _server_config(args, engine)
     except (ValueError, OSError) as error:
@@ -114,12 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell_error(f"{error}; the server needs pip install 'jaxinfer[serve]'")
         return NOT_STARTED
     try:
-        status = asyncio.run(_serve(config, engine))
+        return asyncio.run(_serve(config, engine, group))
     except Exception:
         traceback.print_exc()
         _tell_error("this is a defect of jaxinfer; the lines above say where")
-        status = DEFECT
-    return status
+        return DEFECT
 
 
 def _server_config(args: argparse.Namespace, engine: EngineConfig) -> ServerConfig:
@@ -184,6 +204,8 @@ def _control_config(args: argparse.Namespace) -> ControlConfig | None:
             if getattr(args, flag) is not None:
                 raise ValueError(f"--{flag.replace('_', '-')} needs --control-port")
         return None
+    if args.load_root is not None and args.coordinator is not None:
+        raise ValueError("--load-root swaps the weights of one process, not of several; leave it out")
     if not 0 <= args.control_port <= 65535:
         raise ValueError(f"--control-port {args.control_port} is out of range; use a value in [0, 65535]")
     profile = None if args.profile_dir is None else Path(args.profile_dir).absolute()
@@ -195,7 +217,7 @@ def _control_config(args: argparse.Namespace) -> ControlConfig | None:
     return ControlConfig(args.control_port, profile, root)
 
 
-async def _serve(config: ServerConfig, engine: EngineConfig) -> int:
+async def _serve(config: ServerConfig, engine: EngineConfig, group: Group | None) -> int:
     from jaxinfer.run import open_engine
     from serving.server import Server
 
@@ -204,6 +226,9 @@ async def _serve(config: ServerConfig, engine: EngineConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
     server = Server(config, lambda: open_engine(engine))
+    if group is not None:
+        loop = asyncio.get_running_loop()
+        group.on_asked = lambda: loop.call_soon_threadsafe(server.ask_to_stop)
     try:
         await server.listen()
     except ValueError as error:
@@ -212,7 +237,8 @@ async def _serve(config: ServerConfig, engine: EngineConfig) -> int:
     http = "" if server.http is None else f", HTTP on port {server.http.port}"
     log.info("listening on %s port %d%s; loading %s", config.host, server.port, http, engine.model)
     loaded = asyncio.create_task(server.load())
-    await asyncio.wait((loaded, stopped), return_when=asyncio.FIRST_COMPLETED)
+    asked = asyncio.create_task(server.wait_until_asked_to_stop())
+    await asyncio.wait((loaded, stopped, asked), return_when=asyncio.FIRST_COMPLETED)
     if not loaded.done():
         log.info("stopped before the model was loaded")
         _end_now(DRAINED)  # loading and compiling cannot be interrupted, and nobody was promised anything
@@ -225,7 +251,6 @@ async def _serve(config: ServerConfig, engine: EngineConfig) -> int:
     if server.control_port:
         log.info("control on port %d", server.control_port)
     dead = asyncio.create_task(server.wait_until_dead())
-    asked = asyncio.create_task(server.wait_until_asked_to_stop())
     await asyncio.wait((stopped, asked, dead), return_when=asyncio.FIRST_COMPLETED)
     return await _finish(server, signals, is_dead=dead.done())
 
@@ -268,6 +293,10 @@ async def _first(signals: asyncio.Queue[int]) -> int:
 
 def _end_now(status: int) -> NoReturn:
     """Without the interpreter's own farewell, which waits for threads and breaks in the middle of a compilation."""
+    from jaxinfer.distributed.group import current
+
+    if (group := current()) is not None:
+        group.leave(status)
     sys.stderr.flush()
     os._exit(status)
 

@@ -90,7 +90,7 @@ class Server:
             add_reflection(self._grpc, (*services, health.SERVICE))
         self._control: Control | None = None
         if config.control is not None:
-            self._control = Control(self.frontend, config.control, self._stop_asked.set)
+            self._control = Control(self.frontend, config.control, self.ask_to_stop)
             self._control_grpc = _make_server(config, self.frontend.refusals)
             control_pb2_grpc.add_ControlServicer_to_server(self._control, self._control_grpc)
         self.http = None if config.http_port is None else self._make_http(config.http_port)
@@ -162,8 +162,12 @@ class Server:
         """Until the engine has failed for good."""
         await self.frontend.dead.wait()
 
+    def ask_to_stop(self) -> None:
+        """Drain, then stop; asking again changes nothing."""
+        self._stop_asked.set()
+
     async def wait_until_asked_to_stop(self) -> None:
-        """Until the control service is told to drain."""
+        """Until the control service is told to drain, or another process of the group to end."""
         await self._stop_asked.wait()
 
     def _on_health(self, healthy: bool) -> None:

@@ -107,7 +107,7 @@ def check_memory(model: Model, mesh: Mesh) -> None:
 
 def memory_limit(mesh: Mesh) -> int | None:
     """Bytes of one device's memory; None where it does not tell."""
-    return (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
 def bytes_per_device(abstract: Any, shardings: Any) -> int:

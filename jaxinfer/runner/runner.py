@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxinfer.cache.pool import empty_pools
+from jaxinfer.distributed.lead import Lead
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.stages import Stage
@@ -27,6 +31,7 @@ from jaxinfer.sampling.sampler import SampleOutput
 from jaxinfer.sampling.state import SamplerState
 from jaxinfer.scheduler.schedule import Schedule
 from jaxinfer.scheduler.sequence import Sequence
+from jaxinfer.sharding.spmd import spans_processes
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class StepResult:
     logprobs: ScoredTokens | None
     invalid: tuple[Sequence, ...]
     prompt_logprobs: tuple[tuple[Sequence, int, list[int], ScoredTokens], ...]
+
+
+@contextmanager
+def _alone(what: str, content: Callable[[], Any] | None = None) -> Iterator[None]:
+    """There are no other processes to tell."""
+    yield
 
 
 @dataclass(frozen=True)
@@ -108,10 +119,19 @@ class Runner:
     """The devices' side of an engine: parameters, page pools, sampler states and the compiled programs."""
 
     def __init__(
-        self, model: Model, params: Params, plan: Plan, metrics: EngineMetrics, kept_in: Path | None = None
+        self,
+        model: Model,
+        params: Params,
+        plan: Plan,
+        metrics: EngineMetrics,
+        kept_in: Path | None = None,
+        lead: Lead | None = None,
     ) -> None:
+        """kept_in: where compiled programs are kept. lead: tells other processes, whose runners do the same."""
         self.model = model
         self.plan = plan
+        self._all_do = _alone if lead is None else lead.all_do
+        self._spans_processes = spans_processes(plan.mesh)
         parts = self._parts(params)
         self._programs = tuple(
             StepPrograms(model, plan, stage, part, Programs(metrics, self._store(kept_in, stage, part)))
@@ -119,7 +139,7 @@ class Runner:
         )
         self._params = self._split(parts)
         self._lanes: list[_Lane] = []
-        self.reset()
+        self._start_afresh()
 
     def execute(self, lane: int, schedules: Several[Schedule], tables: Several[Several[np.ndarray]]) -> PendingStep:
         """Send one step of a lane: a schedule and page tables for every shard.
@@ -131,11 +151,16 @@ class Runner:
 
     def send(self, step: StepPlan) -> SentStep:
         """Send a planned step; nothing waits for the device."""
+        with self._all_do("step", step.content):
+            return self._send(step)
+
+    def _send(self, step: StepPlan) -> SentStep:
         lane, programs, (ends, _) = self._lanes[step.lane], self._programs[-1], self._params[-1]
         for new in step.admissions:
             counts, bias = (np.broadcast_to(own, (len(new.slots), *own.shape)) for own in (new.counts, new.bias))
-            lane.state = programs.admission()(lane.state, new.slots, counts, bias)
-        for sources, targets in step.copies:
+            lane.state = programs.admission()(lane.state, *map(self._placed, (new.slots, counts, bias)))
+        for pairs in step.copies:
+            sources, targets = map(self._placed, pairs)
             lane.pools = [
                 pool
                 for stage in self._programs
@@ -145,8 +170,9 @@ class Runner:
         sampled = None
         if step.samples is not None:
             sampler = programs.sampler(step.samples.shape[1])
-            sampled, lane.state = sampler(ends, lane.state, sampled_from, step.samples)
-        scores = tuple(programs.scorer(step.num_tokens)(ends, hidden, rows, targets) for rows, targets in step.scores)
+            sampled, lane.state = sampler(ends, lane.state, sampled_from, self._placed(step.samples))
+        scorer = partial(programs.scorer, step.num_tokens)
+        scores = tuple(scorer()(ends, hidden, *map(self._placed, pair)) for pair in step.scores)
         return SentStep(hidden, sampled, scores)
 
     def set_params(self, params: Params) -> None:
@@ -155,11 +181,16 @@ class Runner:
 
     def warm_up(self) -> None:
         """Compile every program."""
-        for programs in self._programs:
-            programs.make_all()
+        with self._all_do("warm-up"):
+            for programs in self._programs:
+                programs.make_all()
 
     def reset(self) -> None:
-        """Fresh pools and sampler states: at the start, and after a failed step may have left them unusable."""
+        """Fresh pools and sampler states, after a failed step may have left them unusable."""
+        with self._all_do("reset"):
+            self._start_afresh()
+
+    def _start_afresh(self) -> None:
         self._lanes.clear()
         self._lanes += map(self._new_lane, range(self.plan.num_lanes))
 
@@ -177,7 +208,7 @@ class Runner:
         x, per_layer, pools = None, (), lane.pools
         for programs, (ends, layers) in zip(self._programs, self._params, strict=True):
             own = programs.stage.layers
-            words = jax.device_put(batch, programs.per_shard)
+            words = self._placed(batch) if self._spans_processes else jax.device_put(batch, programs.per_shard)
             if x is None:
                 last_tokens = lane.state.last_tokens
                 if len(self._programs) > 1:
@@ -202,6 +233,12 @@ class Runner:
                 for pool, array in zip(segment.pools, updated, strict=True):
                     pools[pool] = array
         return self._programs[-1].end(layout)(self._params[-1][0], x, words)
+
+    def _placed(self, array: np.ndarray) -> Any:
+        """A host array [shards, ...] as programs take it. Every process has the same one."""
+        if not self._spans_processes:
+            return array
+        return jax.make_array_from_callback(array.shape, self._programs[0].per_shard, lambda index: array[index])
 
     def _parts(self, params: Params) -> list[Params]:
         """The parameters of each stage, on its devices: embeddings that are the head's weights too come from the first

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +52,16 @@ class StepPlan:
     batch: np.ndarray
     samples: np.ndarray | None
     scores: tuple[np.ndarray, ...]
+
+    def content(self) -> dict[str, Any]:
+        """As plain values and arrays, to be sent to another process."""
+        admissions = [(new.slots, new.counts, new.bias) for new in self.admissions]
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"admissions": admissions}
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any]) -> StepPlan:
+        admissions = tuple(Admission(*new) for new in content["admissions"])
+        return cls(**{**content, "admissions": admissions})
 
 
 @dataclass(frozen=True)

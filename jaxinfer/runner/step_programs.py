@@ -40,6 +40,7 @@ from jaxinfer.sharding.spmd import (
     each_shard,
     gather_options,
     shardings,
+    spans_processes,
     specs,
 )
 
@@ -65,6 +66,8 @@ class StepPrograms:
         self._same_as = [functions.index(function) for function in functions]
         self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what enters its layers, once traced
         self._is_first, self._is_last = stage.layers.start == 0, stage.layers.stop == len(plan.layers)
+        # What the host reads: of all shards, where one process reads for several.
+        self._read = NamedSharding(stage.mesh, PartitionSpec() if spans_processes(stage.mesh) else PER_SHARD)
 
     def split(self, params: Params) -> tuple[Params, tuple[Any, ...]]:
         """The stage's part of the parameters as its programs take them: all but the layers, and by segment these."""
@@ -181,7 +184,7 @@ class StepPrograms:
             return draw(logits, state, words)
 
         def lower() -> jax.stages.Lowered:
-            outputs = (self.per_shard, jax.tree.map(lambda leaf: leaf.sharding, self.state))
+            outputs = (self._read, jax.tree.map(lambda leaf: leaf.sharding, self.state))
             jitted = jax.jit(run, donate_argnums=1, out_shardings=outputs)
             words = self._per_shard((num_rows, NUM_COLUMNS))
             return jitted.lower(self._ends, self.state, self._hidden(self._plan.max_num_seqs, PER_SHARD), words)
@@ -200,7 +203,7 @@ class StepPrograms:
 
         def lower() -> jax.stages.Lowered:
             rows = self._per_shard((SCORED_ROWS,))
-            jitted = jax.jit(run, out_shardings=self.per_shard)
+            jitted = jax.jit(run, out_shardings=self._read)
             return jitted.lower(self._ends, self._hidden(num_tokens, ROWS), rows, rows)
 
         return self._programs.get(("scorer", num_tokens), lower, self._options(SCORED_ROWS))

@@ -35,6 +35,11 @@ def num_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in SHARDS)
 
 
+def spans_processes(mesh: Mesh) -> bool:
+    """Whether some of the devices are another process's."""
+    return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 # TPUs whose SparseCores gather while the TensorCore computes, when they are asked to.
 _GATHERING = ("TPU v6 lite", "TPU7x")
 
