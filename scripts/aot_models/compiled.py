@@ -19,12 +19,12 @@ from jaxinfer.metrics import EngineMetrics
 from jaxinfer.models.layout import bytes_per_device, check_layout
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import resolve as resolve_family
+from jaxinfer.models.stages import param_shardings
 from jaxinfer.plan import Plan, resolve
+from jaxinfer.runner.batch import BatchLayout
 from jaxinfer.runner.programs import Programs
-from jaxinfer.runner.segments import segments
 from jaxinfer.runner.step_programs import StepPrograms
 from jaxinfer.sharding.mesh import make_mesh
-from jaxinfer.sharding.rules import param_shardings
 
 DTYPE_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
@@ -53,9 +53,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """Of one device, in bytes.
+    """Of the fullest device, in bytes.
 
-    estimate: seconds of a step by the compiler's own cost model, without what it knows no cost of: Pallas kernels.
+    estimate: seconds of a step, through all stages, by the compiler's own cost model, without what it knows no cost
+    of: Pallas kernels.
     moved: how often a step has each (kind of collective, bytes of its result).
     """
 
@@ -93,11 +94,10 @@ def compile_step(case: Case, *, with_ends: bool = True) -> Found:
     mesh = make_mesh(case.mesh, topologies.get_topology_desc(platform="tpu", topology_name=case.slice).devices)
     check_layout(model_config, mesh)
     model = Model(model_config, jnp.bfloat16)
-    placed = param_shardings(model.abstract_params, model.logical_axes, mesh)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         model.abstract_params,
-        placed,
+        param_shardings(model, mesh),
     )
     engine = EngineConfig(
         "abstract",
@@ -108,32 +108,30 @@ def compile_step(case: Case, *, with_ends: bool = True) -> Found:
         compilation_cache_dir=False,
     )
     plan = resolve(engine, model_config, jnp.dtype("bfloat16"), mesh)
-    others = {name: value for name, value in params.items() if name != "layers"}
-    cut = segments(plan)
-    layers = tuple(tuple(params["layers"][str(index)] for index in segment.layers) for segment in cut)
-    programs = StepPrograms(model, plan, others, layers, Programs(EngineMetrics(), None))
-    layout = programs.layout(case.tokens)
     in_layers, at_ends = Moved(), Moved()
-    scratch, estimate = 0, 0.0
-    with jax.set_mesh(mesh):
+    weights, scratch, estimate = 0, 0, 0.0
+    for stage in plan.stages:
+        part = stage.part(params)
+        weights = max(weights, parameter_bytes(part))
+        programs = StepPrograms(model, plan, stage, part, Programs(EngineMetrics(), None))
+        layout, (_, layers) = programs.layout(case.tokens), programs.split(part)
         seen: dict[int, Moved] = {}
-        for number, segment in enumerate(cut):
-            program = programs.layers(layout, number)
-            if id(program) not in seen:
-                seen[id(program)] = collectives(program.as_text())
+        with jax.set_mesh(stage.mesh):
+            for number, segment in enumerate(programs.segments):
+                program = programs.layers(layout, number)
+                if id(program) not in seen:
+                    seen[id(program)] = collectives(program.as_text())
+                    scratch = max(scratch, program.memory_analysis().temp_size_in_bytes)
+                    check_pools(program, plan, segment.pools)
+                    check_weights(program, layers[number])
+                    check_gathered(program, layers[number], mesh.shape["fsdp"])
+                    check_collectives(seen[id(program)], mesh.shape, len(segment.layers))
+                in_layers.update(seen[id(program)])
+                estimate += estimated_seconds(program)
+            for program in _ends(programs, layout, case, plan) if with_ends else ():
+                at_ends.update(collectives(program.as_text()))
                 scratch = max(scratch, program.memory_analysis().temp_size_in_bytes)
-                check_pools(program, plan, segment.pools)
-                check_weights(program, layers[number])
-                check_gathered(program, layers[number], mesh.shape["fsdp"])
-                check_collectives(seen[id(program)], mesh.shape, len(segment.layers))
-            in_layers.update(seen[id(program)])
-            estimate += estimated_seconds(program)
-        ends = (programs.begin(layout), programs.end(layout), programs.sampler(case.num_seqs)) if with_ends else ()
-        for program in ends:
-            at_ends.update(collectives(program.as_text()))
-            scratch = max(scratch, program.memory_analysis().temp_size_in_bytes)
-            estimate += estimated_seconds(program)
-    weights = bytes_per_device(model.abstract_params, placed)
+                estimate += estimated_seconds(program)
     by_hand = weight_bytes(config, mesh.shape)
     assert abs(weights / by_hand - 1) < 0.05, f"weights {weights} B, by hand {by_hand:.0f} B"
     return Found(
@@ -149,6 +147,20 @@ def compile_step(case: Case, *, with_ends: bool = True) -> Found:
     )
 
 
+def _ends(programs: StepPrograms, layout: BatchLayout, case: Case, plan: Plan) -> list[Any]:
+    """The programs of a stage that are not of its layers."""
+    layers = programs.stage.layers
+    own = [programs.begin(layout) if layers.start == 0 else programs.resume(layout)]
+    if layers.stop == len(plan.layers):
+        own += [programs.end(layout), programs.sampler(case.num_seqs)]
+    return own
+
+
+def parameter_bytes(params: Any) -> int:
+    """Of one device."""
+    return bytes_per_device(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+
+
 def estimated_seconds(program: Any) -> float:
     """The compiler's estimate of a program that takes less than a second; XLA counts -1 for what it has no idea of."""
     seconds = program.cost_analysis()["optimal_seconds"]
@@ -157,7 +169,7 @@ def estimated_seconds(program: Any) -> float:
 
 def check_weights(program: Any, layers: Any) -> None:
     """What the compiled program takes is no less than its device's part of the layers' weights, and not much more."""
-    weights = bytes_per_device(layers, jax.tree.map(lambda leaf: leaf.sharding, layers))
+    weights = parameter_bytes(layers)
     memory = program.memory_analysis()
     taken = memory.argument_size_in_bytes - memory.alias_size_in_bytes
     assert weights <= taken < 1.05 * weights + 2**24, f"arguments take {taken} B, the weights {weights} B"
@@ -166,7 +178,7 @@ def check_weights(program: Any, layers: Any) -> None:
 def check_gathered(program: Any, layers: Any, fsdp: int) -> None:
     """Of the matrices that devices keep parts of, no more than two layers' are whole at a time."""
     if fsdp > 1:
-        layer = max(bytes_per_device(own, jax.tree.map(lambda leaf: leaf.sharding, own)) for own in layers) * fsdp
+        layer = max(map(parameter_bytes, layers)) * fsdp
         scratch = program.memory_analysis().temp_size_in_bytes
         assert scratch < 2 * layer + 2**27, f"{scratch} B of scratch, a layer's parameters have {layer} B"
 

@@ -87,7 +87,7 @@ BANDWIDTH = {"v5p": 2765e9, "v6e": 1640e9, "tpu7x": 3690e9}
 
 
 def weight_bytes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> float:
-    """Bytes of one device's weights in bfloat16: the matrices alone, from the model's published sizes."""
+    """Bytes of one device's weights in bfloat16: the matrices alone, from published sizes; stages alike."""
     width, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
     whole = 0  # a layer's matrices that tensor parallelism does not cut
     if "kv_lora_rank" in config:
@@ -105,7 +105,7 @@ def weight_bytes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> float:
     shared = (layers - num_dense) * expert * config.get("n_shared_experts", 0)
     routed = (layers - num_dense) * expert * num_experts / sizes["expert"]
     cut = 2 * config["vocab_size"] * width + layers * attention + dense + shared + routed
-    return 2 * (cut / sizes["tensor"] + layers * whole) / sizes["fsdp"]
+    return 2 * (cut / sizes["tensor"] + layers * whole) / sizes["fsdp"] / sizes["stage"]
 
 
 def moved_bytes(config: Mapping[str, Any], sizes: Mapping[str, int], rows: int) -> float:
@@ -123,7 +123,7 @@ def moved_bytes(config: Mapping[str, Any], sizes: Mapping[str, int], rows: int) 
         total += layers * 2 * own * width * 2
     if sizes["fsdp"] > 1:
         ends = 2 * 2 * config["vocab_size"] * width / sizes["tensor"]
-        total += weight_bytes(config, sizes) * sizes["fsdp"] - ends
+        total += weight_bytes(config, sizes) * sizes["stage"] * sizes["fsdp"] - ends
     if sizes["expert"] > 1:
         with_experts = layers - config.get("first_k_dense_replace", 0)
         choices = config["num_experts_per_tok"]
