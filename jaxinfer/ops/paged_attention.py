@@ -90,8 +90,8 @@ def attend(
     """
     if case.context == 1:
         return backend.run(case, q, k, v, pool, batch, group, metadata, sinks)
-    rows = jax.tree.map(all_parts, (q, k, v))
-    (mixed, lse), pool = backend.run(case, *rows, pool, batch, group, metadata, sinks)
+    q, k, v = jax.tree.map(all_parts, (q, k, v))
+    (mixed, lse), pool = backend.run(case, q, k, v, pool, batch, group, metadata, sinks)
     out, _ = merge_own_rows(mixed, lse, CONTEXT)
     return out.astype(q.dtype), pool
 
