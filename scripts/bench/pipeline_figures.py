@@ -1,8 +1,8 @@
 """How long m batches take through a pipeline of p stages that is empty at first: m + p - 1 times one stage's time.
 
-Devices are pretended ones with a thread each, so stages overlap where there are as many processors, and these are idle.
-XLA's CPU client computes what one thread sends one after another, whatever the device; so each stage is sent by a thread
-of its own here. An engine sends all from one, which is enough where devices have queues of their own (GPU, TPU).
+Devices are pretended ones with a thread each, so stages overlap where there are as many processors, and they are idle.
+XLA's CPU client computes what one thread sends one after another, whatever the device; so each stage is sent by its own
+thread here. An engine sends all from one, which is enough where devices have queues of their own (GPU, TPU).
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def report(num_stages: int, counts: Several[int] = (1, 2, 4, 8), rounds: int = 9
     stage = min(times[1]) / num_stages
     print(f"{num_stages} stages on {os.cpu_count()} processors, jax {jax.__version__}, {rounds} rounds")
     print(f"one batch of {TOKENS} tokens takes {format_seconds(stage)} a stage\n")
-    print(
-        f"{'batches':>8} {'fastest':>10} {'median':>10} {'stage times':>12} {'m+p-1':>6} {'idle':>7} {'(p-1)/(m+p-1)':>14}"
-    )
+    print(" batches    fastest     median  stage times  m+p-1    idle  (p-1)/(m+p-1)")
     for count, own in times.items():
         slots, fastest = count + num_stages - 1, min(own)
         print(
