@@ -205,34 +205,42 @@ class Runner:
     def _run_model(self, lane: _Lane, layout: BatchLayout, batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Send all layers over packed batches, one a shard: hidden states [shards, T, D], and those of the rows to
         sample from [shards, S, D]."""
-        x, per_layer, pools = None, (), lane.pools
-        for programs, (ends, layers) in zip(self._programs, self._params, strict=True):
-            own = programs.stage.layers
-            words = self._placed(batch) if self._spans_processes else jax.device_put(batch, programs.per_shard)
-            if x is None:
-                last_tokens = lane.state.last_tokens
-                if len(self._programs) > 1:
-                    last_tokens = _move(last_tokens, programs.stage.mesh)
-                stream, prepared = programs.begin(layout)(ends, last_tokens, words)
-                x, rotations, per_layer = stream.x, stream.rotations, stream.per_layer
-                inputs = per_layer
-            else:
-                x, inputs = _move((x, per_layer[own.start : own.stop]), programs.stage.mesh)
-                rotations, prepared = programs.resume(layout)(words)
-            for number, (segment, params) in enumerate(zip(programs.segments, layers, strict=True)):
-                first = segment.layers[0] - own.start
-                x, updated = programs.layers(layout, number)(
-                    params,
-                    x,
-                    tuple(pools[pool] for pool in segment.pools),
-                    rotations,
-                    inputs[first : first + len(segment.layers)],
-                    tuple(prepared[kind] for kind in segment.kinds),
-                    words,
-                )
-                for pool, array in zip(segment.pools, updated, strict=True):
-                    pools[pool] = array
-        return self._programs[-1].end(layout)(self._params[-1][0], x, words)
+        flow: Any = None
+        for stage in range(len(self._programs)):
+            flow = self._run_stage(stage, lane, layout, batch, flow)
+        return flow
+
+    def _run_stage(self, stage: int, lane: _Lane, layout: BatchLayout, batch: np.ndarray, flow: Any) -> Any:
+        """Send one stage. flow: what the stage before returned, None for the first: x and all layers' own inputs. The
+        last returns what _run_model does."""
+        programs, (ends, layers), pools = self._programs[stage], self._params[stage], lane.pools
+        mesh, own = programs.stage.mesh, programs.stage.layers
+        words = self._placed(batch) if self._spans_processes else jax.device_put(batch, programs.per_shard)
+        if stage == 0:
+            last_tokens = lane.state.last_tokens
+            if len(self._programs) > 1:
+                last_tokens = _move(last_tokens, mesh)
+            stream, prepared = programs.begin(layout)(ends, last_tokens, words)
+            x, per_layer, rotations = stream.x, stream.per_layer, stream.rotations
+            inputs = per_layer
+        else:
+            x, per_layer = flow
+            x, inputs = _move((x, per_layer[own.start : own.stop]), mesh)
+            rotations, prepared = programs.resume(layout)(words)
+        for number, (segment, params) in enumerate(zip(programs.segments, layers, strict=True)):
+            first = segment.layers[0] - own.start
+            x, updated = programs.layers(layout, number)(
+                params,
+                x,
+                tuple(pools[pool] for pool in segment.pools),
+                rotations,
+                inputs[first : first + len(segment.layers)],
+                tuple(prepared[kind] for kind in segment.kinds),
+                words,
+            )
+            for pool, array in zip(segment.pools, updated, strict=True):
+                pools[pool] = array
+        return programs.end(layout)(ends, x, words) if stage == len(self._programs) - 1 else (x, per_layer)
 
     def _placed(self, array: np.ndarray) -> Any:
         """A host array [shards, ...] as programs take it. Every process has the same one."""

@@ -1,8 +1,10 @@
-"""Benchmarks: `python scripts/bench engine` for figures of the engine, `serve` of the server, `peers ...` of others."""
+"""Benchmarks: `python scripts/bench engine` for figures of the engine, `serve` of the server, `pipeline` of
+stages that overlap, `peers ...` of others."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,10 @@ def main() -> int:
         "--overload", type=float, metavar="S", help="instead: so many seconds of four times what the engine can serve"
     )
     serve.add_argument("--plot", metavar="FILE", help="draw the load's figures: .png, .svg or .pdf")
+    pipeline = commands.add_parser(
+        "pipeline", help="idle share of pipeline stages against (p-1)/(m+p-1), on as many processors as stages"
+    )
+    pipeline.add_argument("--stages", type=int, default=2, metavar="P", help="default: 2")
     commands.add_parser("peers", help="the same workloads on other engines; see peers/README.md", add_help=False)
     arguments, rest = parser.parse_known_args()
     if arguments.command == "peers":
@@ -41,6 +47,13 @@ def main() -> int:
             return serve_figures.report(
                 arguments.model, arguments.rounds, arguments.seconds, arguments.plot, arguments.overload
             )
+        if arguments.command == "pipeline":
+            os.environ["JAX_PLATFORMS"] = "cpu"
+            os.environ["NPROC"] = "1"  # a program then has one thread
+            os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={arguments.stages}"
+            import pipeline_figures
+
+            return pipeline_figures.report(arguments.stages)
         import engine_figures
 
         return engine_figures.report(arguments.only)

@@ -15,14 +15,14 @@ from tests.e2e.harness import GOLDENS
 from tests.sharding.run_on_devices import run_on_devices
 
 LAYOUTS = {
-    "llama3_gqa": ["data=2,fsdp=2,tensor=2", "context=4,tensor=2"],
+    "llama3_gqa": ["data=2,fsdp=2,tensor=2", "stage=2,context=2,tensor=2"],
     "gpt_bigcode_mqa": ["context=2,tensor=4"],  # one kv head: every device has it
-    "gemma2": ["data=2,context=2,tensor=2"],  # windows, soft caps
-    "gemma4_e": ["fsdp=2,context=4"],  # keys shared across layers, per-layer inputs, two head dims
+    "gemma2": ["data=2,context=2,tensor=2", "stage=3"],  # windows, soft caps
+    "gemma4_e": ["stage=2,fsdp=2,context=2"],  # keys shared across layers, per-layer inputs, two head dims
     "olmo2": ["tensor=2"],  # a norm over all heads
     "qwen3_moe_windows": ["fsdp=2,expert=2,tensor=2"],
     "gpt_oss": ["context=2,tensor=2"],  # sinks, biases
-    "deepseek_v3": ["context=2,expert=4"],  # latent attention, grouped routing, a shared expert
+    "deepseek_v3": ["stage=2,context=2,expert=2", "data=2,expert=4"],  # latent attention, grouped routing
     "deepseek_v3_dense": ["tensor=3"],
 }
 
@@ -58,6 +58,7 @@ REFUSALS = {
     "use one of 1, 2, 6",
     "fsdp=7": "mesh axis fsdp=7 does not divide the model's width of 30; use a size that does",
     "stage=5": "mesh axis stage=5: this model has 2 layers; use at most 2",
+    "context=2": "mesh axis context=2: models are not spread over 'context'; use data, fsdp, expert, tensor, stage",
     "expert=2": "mesh axis expert=2: this model has no experts; use data",
     "data=9": "mesh='data=9' needs 9 devices and 8 are there; choose axis sizes that multiply to 8",
 }

@@ -14,14 +14,14 @@ from jaxinfer.scheduler.shards import NOTHING, ShardedScheduler
 from jaxinfer.types import SamplingParams
 
 
-def sharded(num_shards: int = 2, **fields: bool) -> ShardedScheduler:
+def sharded(num_shards: int = 2, num_lanes: int = 1, **fields: bool) -> ShardedScheduler:
     group = KVGroup(num_kv_heads=1, head_dim=1, window=None, layers=(0,))
 
     def scheduler() -> Scheduler:
         manager = KVCacheManager([group], [40], 4, [16], 4, **fields)
         return Scheduler(SchedulerConfig(4, 16, 64), manager)
 
-    return ShardedScheduler([scheduler() for _ in range(num_shards)])
+    return ShardedScheduler([scheduler() for _ in range(num_lanes * num_shards)], num_lanes)
 
 
 def sequence(name: str, token_ids: list[int], max_tokens: int = 4) -> Sequence:
@@ -111,3 +111,23 @@ def test_abort_and_finish_reach_the_right_shard() -> None:
     assert not scheduler.has_unfinished()
     stats = scheduler.stats()
     assert (stats.num_running, stats.num_waiting, stats.kv.num_held, stats.kv.num_pages) == (0, 0, 0, 78)
+
+
+def test_lanes_share_no_sequences_and_take_turns() -> None:
+    scheduler = sharded(num_shards=2, num_lanes=2)
+    for number in range(4):
+        scheduler.add(sequence(f"{number}", [number] * 4))
+    first, second = scheduler.schedule(lane=0), scheduler.schedule(lane=1)
+    assert shards_of(scheduler, first) == {"0": 0, "1": 1}
+    assert shards_of(scheduler, second) == {"2": 0, "3": 1}
+    assert first is not None
+    assert second is not None
+    scheduler.abort("2")
+    for lane, schedules in ((1, second), (0, first)):  # a lane's steps are committed in order, lanes in any
+        for shard, schedule in enumerate(schedules):
+            scheduler.commit(shard, schedule, np.full(len(schedule.sampling_rows), 9), lane)
+        scheduler.check_integrity()
+    assert [len(own.token_ids) for own in scheduler.abort("3")] == [5]
+    assert scheduler.has_unfinished(0)
+    assert not scheduler.has_unfinished(1)
+    assert scheduler.stats().num_running == 2
