@@ -166,7 +166,7 @@ class Group:
     def __init__(self, place: Place, peers: Mapping[int, _Peer], status_when_lost: int) -> None:
         self.process_id = place.process_id
         self.num_processes = place.num_processes
-        self.on_asked: Callable[[], None] = _ask_this_process
+        self.on_asked: Callable[[], object] = _ask_this_process
         self._peers = peers
         self._status_when_lost = status_when_lost
         self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
