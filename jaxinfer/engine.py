@@ -60,9 +60,10 @@ class Engine:
         if self._lead is not None:
             self._lead.share_plan(self.plan.num_pages, repr(self.plan))
             kept_in = None
-            log.info("programs of several processes are not kept; every start compiles them")
         self.metrics = EngineMetrics(self.plan.kv_cache_bytes)
         self.runner = Runner(*self.loaded.serving_form(), self.plan, self.metrics, kept_in, self._lead)
+        if self._lead is not None:
+            self._lead.wait_for_all()
         self._num_added = 0
         self._open_books()
 
@@ -99,6 +100,8 @@ class Engine:
     def warm_up(self) -> None:
         """Compile, or load, every program that serving can need; afterwards nothing compiles."""
         self.runner.warm_up()
+        if self._lead is not None:
+            self._lead.wait_for_all()
 
     def add_request(self, request: Request) -> RequestOutput:
         """Queue a request. Returns its output, which the steps to come bring up to date.

@@ -34,6 +34,12 @@ def follow() -> None:
 
     A process that is lost ends this one: a line on standard error says which, and the exit status is not 0.
     """
-    from jaxinfer.distributed.follower import follow
+    from jaxinfer.distributed.group import current
 
-    follow()
+    group = current()
+    if group is None or not group.process_id:
+        raise ValueError("only a process other than 0 of a group follows; call jaxinfer.distributed.join first")
+    with group.passing_signals_on():
+        from jaxinfer.distributed.follower import follow  # which takes seconds to import
+
+        follow(group)

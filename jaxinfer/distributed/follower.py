@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.distributed.group import Group, current
+from jaxinfer.distributed.group import Group
 from jaxinfer.distributed.lead import digest
 from jaxinfer.distributed.link import Message
 from jaxinfer.loading import LoadedModel, load_model
@@ -26,21 +20,17 @@ from jaxinfer.runner.step_plan import StepPlan
 FAILED, DEFECT = 2, 3
 
 
-def follow() -> None:
+def follow(group: Group) -> None:
     """See jaxinfer.distributed.follow."""
-    group = current()
-    if group is None or not group.process_id:
-        raise ValueError("only a process other than 0 of a group follows; call jaxinfer.distributed.join first")
     follower = Follower()
-    with _signals_for(group):
-        try:
-            while (command := group.next_command()) is not None:
-                follower.do(command)
-        except (ValueError, OSError) as error:
-            group.leave(FAILED, str(error))
-        except Exception as error:
-            traceback.print_exc()
-            group.leave(DEFECT, f"{type(error).__name__}: {error}")
+    try:
+        while (command := group.next_command()) is not None:
+            follower.do(command)
+    except (ValueError, OSError) as error:
+        group.leave(FAILED, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        group.leave(DEFECT, f"{type(error).__name__}: {error}")
 
 
 class Follower:
@@ -87,26 +77,3 @@ class Follower:
         previous, self._sent = self._sent, runner.send(StepPlan.from_content(content))
         if previous is not None:
             previous.hidden.block_until_ready()  # or what fails on this process's devices alone would never be seen
-
-
-@contextmanager
-def _signals_for(group: Group) -> Iterator[None]:
-    """SIGTERM and Ctrl-C are passed on to process 0, which ends all in good order; a second one ends this process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            os._exit(128 + number)
-        asked = True
-        group.ask_to_stop(signal.Signals(number).name)
-
-    previous = [(number, signal.signal(number, ask)) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        yield
-    finally:
-        for number, handler in previous:
-            signal.signal(number, handler)

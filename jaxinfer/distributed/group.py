@@ -18,9 +18,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from types import FrameType
 from typing import Any, NoReturn
 
 from jaxinfer.distributed.link import SILENCE_SECONDS, Link, LinkError, Message
@@ -115,6 +116,7 @@ def join(
     group = _current = Group(place, peers, status_when_lost)
     try:
         _start_jax(place, port, int(meeting_seconds))
+        atexit.register(group._at_exit)  # after jax's own, so that it runs before them
     except ValueError as error:
         group.leave(status_when_lost, str(error))
         raise
@@ -164,17 +166,17 @@ class Group:
     def __init__(self, place: Place, peers: Mapping[int, _Peer], status_when_lost: int) -> None:
         self.process_id = place.process_id
         self.num_processes = place.num_processes
-        self.on_asked: Callable[[], None] = _ask_this_process
+        self.on_asked: Callable[[], object] = _ask_this_process
         self._peers = peers
         self._status_when_lost = status_when_lost
         self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._is_over = False  # peers may go
         self._ending = threading.Lock()
         self._exit_status: int | None = None  # set where jax's own farewell would wait for processes that are gone
         for peer in peers.values():
             threading.Thread(target=self._listen, args=(peer,), name=f"link to {peer.name}", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        atexit.register(self._at_exit)
 
     def __enter__(self) -> Group:
         return self
@@ -194,10 +196,17 @@ class Group:
             except LinkError as error:
                 self._end(f"{peer.name} is lost: {error}")
 
+    def wait_for_all(self) -> None:
+        """Process 0: until the others have done all that they were told."""
+        self.tell("report")
+        for _ in self._peers:
+            self._reports.get()
+
     def next_command(self) -> Message | None:
         """Other processes: wait for what process 0 asks for. None once it has closed the group."""
         assert self.process_id != 0
-        command = self._commands.get()
+        while (command := self._commands.get()).kind == "report":
+            self._leader.link.send("done")
         if command.kind != "close":
             return command
         _shut_down_jax()
@@ -205,16 +214,12 @@ class Group:
             self._leader.link.send("farewell")
         return None
 
-    def ask_to_stop(self, reason: str) -> None:
-        """Other processes: ask process 0 to end the group, as it would if it had been asked itself."""
-        self._leader.link.send("ask", reason)
-
     def close(self, status: int = 0) -> None:
-        """End the group: in good order, all with exit status 0, or at once with another."""
-        if self._is_over:
-            return
+        """End the group in good order, all with exit status 0; with another at once, this process included."""
         if status:
             self.leave(status)
+            _end_now(status)
+        if self._is_over:
             return
         if self.process_id:
             self.leave(self._status_when_lost, "it left the group")
@@ -268,10 +273,14 @@ class Group:
             return
         if message.kind == "failed":
             self._end(f"{peer.name} failed: {message.content}")
+        elif message.kind == "done":
+            self._reports.put(peer.name)
         elif message.kind == "ask":
             _say(f"{peer.name} was asked to stop ({message.content})")
             # Whoever asked may have asked every process; this one is then ending already.
-            threading.Timer(SETTLE_SECONDS, lambda: self._is_over or self.on_asked()).start()
+            later = threading.Timer(SETTLE_SECONDS, lambda: self._is_over or self.on_asked())
+            later.daemon = True
+            later.start()
         elif message.kind == "lost":
             self._exit(self._status_when_lost, f"error: {message.content}")
         elif message.kind == "leave":
@@ -306,9 +315,36 @@ class Group:
         if not self._is_over:
             self.leave(self._status_when_lost, f"process {self.process_id} has not closed the group")
         if self._exit_status is not None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(self._exit_status)
+            _end_now(self._exit_status)
+
+    @contextlib.contextmanager
+    def passing_signals_on(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C go to process 0, which ends all in good order; a second one ends this process."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        asked = False
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            nonlocal asked
+            if asked:
+                os._exit(128 + number)
+            asked = True
+            self._leader.link.send("ask", signal.Signals(number).name)
+
+        previous = [(number, signal.signal(number, ask)) for number in (signal.SIGTERM, signal.SIGINT)]
+        try:
+            yield
+        finally:
+            for number, handler in previous:
+                signal.signal(number, handler)
+
+
+def _end_now(status: int) -> NoReturn:
+    """Without jax's own farewell, which waits for processes that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _ask_this_process() -> None:

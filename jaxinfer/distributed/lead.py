@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -11,6 +12,8 @@ from typing import Any
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.distributed.group import SETTLE_SECONDS, Group, current
+
+log = logging.getLogger(__name__)
 
 
 class Lead:
@@ -28,6 +31,14 @@ class Lead:
     def share_plan(self, num_pages: tuple[int, ...], made: str) -> None:
         """The others plan as this process did, with as many pages. made: the plan as text, which theirs equals."""
         self._group.tell("plan", [num_pages, digest(made)])
+        log.info(
+            "programs of several processes are not kept, every start compiles them; "
+            "with JAX_COMPILATION_CACHE_DIR jax keeps them"
+        )
+
+    def wait_for_all(self) -> None:
+        """Until the others have done what they were told: a first collective does not wait long for a slow disk."""
+        self._group.wait_for_all()
 
     @contextlib.contextmanager
     def all_do(self, what: str, content: Callable[[], Any] | None = None) -> Iterator[None]:

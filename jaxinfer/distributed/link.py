@@ -22,7 +22,7 @@ import numpy as np
 SILENCE_SECONDS = 30.0
 _LENGTH = struct.Struct(">I")
 _MAX_HEADER_BYTES = 1 << 24
-_ARRAY = "array"  # {_ARRAY: i} in a header is the frame's i-th array
+_ARRAY = "\0array"  # {_ARRAY: i} in a header is the frame's i-th array; no field has such a name
 
 
 class LinkError(Exception):

@@ -1,4 +1,4 @@
-"""One process of several: `python -m tests.distributed.process COMMAND ...`, a command of jaxinfer's with few programs."""
+"""Processes of one group on this machine: `python -m tests.distributed.process COMMAND ...` is one of them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SIZES = [
-    "--max-model-len",
-    "96",
-    "--page-size",
-    "4",
-    "--num-pages",
-    "60",
-    "--max-num-seqs",
-    "4",
-    "--max-num-batched-tokens",
-    "16",
-]
 
 
 def free_port() -> int:
@@ -33,48 +21,62 @@ def free_port() -> int:
 
 
 class Processes:
-    """Processes of one group, process 0 first; what they say goes to files in `directory`."""
+    """Started by the same command, process 0 first, each with one device; what they say goes to files in `directory`.
+
+    cache: where jax keeps what it compiles.
+    """
 
     def __init__(self, directory: Path, count: int, command: Sequence[str], cache: Path) -> None:
-        directory.mkdir(exist_ok=True)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX"))}
         environment = {
             **inherited,
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "FAKE_STEP_SECONDS": "0.005",
         }
-        port = free_port()
-        self.logs = [directory / f"log.{number}" for number in range(count)]
-        self.outputs = [directory / f"stdout.{number}" for number in range(count)]
-        self.all = []
-        for number, (log, output) in enumerate(zip(self.logs, self.outputs, strict=True)):
-            place = ["--coordinator", f"localhost:{port}", "--num-processes", str(count), "--process-id", str(number)]
+        self.address = f"localhost:{free_port()}"
+        self._logs = [directory / f"stderr.{number}" for number in range(count)]
+        self._outputs = [directory / f"stdout.{number}" for number in range(count)]
+        self._all = []
+        for number, (log, output) in enumerate(zip(self._logs, self._outputs, strict=True)):
+            place = ["--coordinator", self.address, "--num-processes", str(count), "--process-id", str(number)]
             with log.open("w") as stderr, output.open("w") as stdout:
-                full = [sys.executable, "-m", "tests.distributed.process", *command, *place]
-                self.all.append(subprocess.Popen(full, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr))
+                whole = [sys.executable, "-m", "tests.distributed.process", *command, *place]
+                self._all.append(subprocess.Popen(whole, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr))
 
     def wait(self, seconds: float) -> list[int]:
         """Exit statuses; fails where one has not ended in time."""
         deadline = time.monotonic() + seconds
-        return [process.wait(max(0.01, deadline - time.monotonic())) for process in self.all]
+        try:
+            return [process.wait(max(0.01, deadline - time.monotonic())) for process in self._all]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not all have ended after {seconds} s: {self.said()}") from None
 
-    def wait_for(self, path: Path, text: str, seconds: float = 60) -> None:
+    def wait_for(self, path: Path, text: str) -> None:
         """Until a file holds the text."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + 120
         while not path.exists() or text not in path.read_text():
             assert time.monotonic() < deadline, self.said()
-            assert all(process.poll() is None for process in self.all), self.said()
+            assert all(process.poll() is None for process in self._all), self.said()
             time.sleep(0.01)
 
     def signal(self, number: int, kind: signal.Signals) -> None:
-        self.all[number].send_signal(kind)
+        self._all[number].send_signal(kind)
 
-    def said(self) -> list[str]:
-        return [log.read_text() for log in self.logs]
+    def said(self) -> list[list[str]]:
+        """Lines on standard error."""
+        return [log.read_text().splitlines() for log in self._logs]
+
+    def printed(self) -> list[str]:
+        return [output.read_text() for output in self._outputs]
+
+    def kill(self) -> None:
+        for process in self._all:
+            process.kill()
+            process.wait()
 
 
 @contextmanager
@@ -83,24 +85,31 @@ def processes(directory: Path, count: int, command: Sequence[str], cache: Path) 
     try:
         yield started
     finally:
-        for process in started.all:
-            process.kill()
-            process.wait()
+        started.kill()
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
+    if command == "fake":
+        from tests.run.fake_engine import main as run_fake
+
+        return run_fake(arguments)
+
     import pytest
 
     import jaxinfer.distributed.follower
     import jaxinfer.engine
-    import jaxinfer.run
-    import serving.__main__
     from tests.e2e.harness import few_programs
 
     with pytest.MonkeyPatch.context() as patch:
         few_programs(patch, (16,))
         patch.setattr(jaxinfer.distributed.follower, "resolve", jaxinfer.engine.resolve)
-        return {"run": jaxinfer.run.main, "serve": serving.__main__.main}[command](arguments)
+        if command == "serve":
+            from serving.__main__ import main as serve
+
+            return serve(arguments)
+        from jaxinfer.run import main as run
+
+        return run(arguments)
 
 
 if __name__ == "__main__":
