@@ -85,7 +85,7 @@ class EngineConfig:
     max_num_seqs            sequences in one step; None is 32 on CPU, 256 elsewhere
     max_num_batched_tokens  tokens in one step; None is 512 on CPU, 2048 elsewhere
     num_pages               pages in the KV cache; None derives them from memory
-                            (these three of each shard, where the mesh splits requests: data, fsdp, expert)
+                            (these three of each shard, where the mesh splits requests: data, fsdp, expert, stage)
     kv_cache_memory         bytes for the KV cache of all devices, or text such as "2GiB"; not together with num_pages
     page_size               tokens in a page, on each device of the mesh's axis context
     enable_prefix_caching   share the pages of equal prompt beginnings

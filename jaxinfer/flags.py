@@ -34,7 +34,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
     add("--model", "DIR", "checkpoint directory or hub id (default: the model that comes with jaxinfer)")
     add("--dtype", None, "of weights and activations (default: the checkpoint's; float32 on CPU)", choices=DTYPES)
-    add("--mesh", "AXES", "devices by axis (data, fsdp, context, expert, tensor), as data=2,tensor=4 (default: one)")
+    axes = "data, fsdp, stage, context, expert, tensor"
+    add("--mesh", "AXES", f"devices by axis ({axes}), such as data=2,tensor=4 (default: one device)")
     add("--max-model-len", "N", "longest prompt and output together, in tokens (default: the model's limit)", type=int)
     add("--max-num-seqs", "N", "sequences in one step (default: 32 on CPU, 256 elsewhere)", type=int)
     add("--max-num-batched-tokens", "N", "tokens in one step (default: 512 on CPU, 2048 elsewhere)", type=int)
