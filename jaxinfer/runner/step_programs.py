@@ -132,8 +132,8 @@ class StepPrograms:
         rotations, prepared = self._placed(traced.out_info, outputs)
         width = self._model.config.per_layer_input_dim
         per_layer = (self._per_shard((layout.num_tokens, width), self._plan.dtype, ROWS),) * len(self.stage.layers)
-        stream = Stream(self._hidden(layout.num_tokens, ROWS), rotations, per_layer if width else ())
-        self._begun[layout.num_tokens] = stream, prepared
+        shapes: tuple[Any, ...] = (self._hidden(layout.num_tokens, ROWS), rotations, per_layer if width else ())
+        self._begun[layout.num_tokens] = Stream(*shapes), prepared
         return traced
 
     def layers(self, layout: BatchLayout, number: int) -> Any:

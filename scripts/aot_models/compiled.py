@@ -193,16 +193,18 @@ def check_pools(program: Any, plan: Plan, pools: tuple[int, ...]) -> None:
 
 
 def check_collectives(found: Moved, sizes: Mapping[str, int], num_layers: int) -> None:
-    """Two all-reduces a layer under tensor parallelism; nothing else but under fsdp (weights) and expert (rows).
+    """Two all-reduces a layer under tensor, one (of maxima) under context; nothing gathered but under fsdp (weights),
+    expert and context (rows).
 
-    Gathers and scatters of those two XLA makes all-reduces of where it takes them for faster.
+    Gathers and scatters of fsdp and expert XLA makes all-reduces of where it takes them for faster.
     """
     number = Counter[str]()
     for (kind, _), count in found.items():
         number[kind] += count
-    expected = 2 * num_layers if sizes["tensor"] > 1 else 0
+    expected = num_layers * (2 * (sizes["tensor"] > 1) + (sizes["context"] > 1))
     if sizes["fsdp"] > 1 or sizes["expert"] > 1:
         assert number["all-reduce"] >= expected, f"{number['all-reduce']} all-reduces, expected {expected} or more"
-    else:
-        assert number["all-reduce"] == expected, f"{number['all-reduce']} all-reduces, expected {expected}"
-        assert number["all-gather"] == 0, f"{number['all-gather']} all-gathers"
+        return
+    assert number["all-reduce"] == expected, f"{number['all-reduce']} all-reduces, expected {expected}"
+    gathers = 3 * num_layers * (sizes["context"] > 1)
+    assert number["all-gather"] == gathers, f"{number['all-gather']} all-gathers, expected {gathers}"

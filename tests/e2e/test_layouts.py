@@ -58,7 +58,6 @@ REFUSALS = {
     "use one of 1, 2, 6",
     "fsdp=7": "mesh axis fsdp=7 does not divide the model's width of 30; use a size that does",
     "stage=5": "mesh axis stage=5: this model has 2 layers; use at most 2",
-    "context=2": "mesh axis context=2: models are not spread over 'context'; use data, fsdp, expert, tensor, stage",
     "expert=2": "mesh axis expert=2: this model has no experts; use data",
     "data=9": "mesh='data=9' needs 9 devices and 8 are there; choose axis sizes that multiply to 8",
 }
