@@ -40,6 +40,8 @@ from jaxinfer.types import Request, RequestOutput, SamplingParams, check_against
 
 log = logging.getLogger(__name__)
 
+_COUNT_EXPERTS_EVERY = 512  # steps: the device is waited for once more, and its counts hold 2 ** 32 choices
+
 
 class Engine:
     """Continuous batching over one model.
@@ -91,6 +93,8 @@ class Engine:
         self._in_flight: list[PendingStep | None] = [None] * plan.num_lanes
         self._lane = 0  # whose turn was last
         self._num_preemptions = 0
+        self._expert_tokens: dict[int, np.ndarray] = {}  # as the runner told last
+        self._steps_to_count = _COUNT_EXPERTS_EVERY
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -179,6 +183,9 @@ class Engine:
         if previous is None:
             return []
         outputs, waited = self._commit(lane, previous)
+        self._steps_to_count -= 1
+        if self._steps_to_count <= 0 or not any(self._in_flight):
+            self._count_experts()
         stats = self.scheduler.stats()
         self.metrics.preempted(stats.num_preemptions - self._num_preemptions)
         self._num_preemptions = stats.num_preemptions
@@ -201,6 +208,13 @@ class Engine:
             if self._in_flight[lane] is not None or self.scheduler.has_unfinished(lane):
                 return lane
         return self._lane
+
+    def _count_experts(self) -> None:
+        self._steps_to_count = _COUNT_EXPERTS_EVERY
+        for layer, num_tokens in self.runner.expert_tokens().items():
+            more = num_tokens - self._expert_tokens.get(layer, np.uint32(0))
+            self.metrics.experts_chosen(layer, more.tolist())
+            self._expert_tokens[layer] = num_tokens
 
     def stats(self) -> EngineStats:
         return self.metrics.snapshot()

@@ -182,6 +182,16 @@ class _FrontendCollector(Collector):
         for reason, count in sorted(stats.num_finished.items()):
             finished.add_metric([*model, reason], count)
         yield finished
+        if prefix == "jaxinfer_" and stats.expert_tokens:
+            chosen = CounterMetricFamily(
+                "jaxinfer_expert_tokens",
+                "Tokens that an expert was chosen for.",
+                labels=["model_name", "layer", "expert"],
+            )
+            for layer, counts in stats.expert_tokens.items():
+                for expert, count in enumerate(counts):
+                    chosen.add_metric([*model, str(layer), str(expert)], count)
+            yield chosen
         for metric in _HISTOGRAMS:
             seen: DistributionStats = metric.read(stats)
             bounds = _TOKEN_BOUNDS if metric.name.endswith("_tokens") else _TIME_BOUNDS

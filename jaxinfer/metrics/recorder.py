@@ -25,6 +25,8 @@ class EngineStats:
     inter_token_latency        between two tokens of one completion; step_prefill_tokens and step_decode_tokens count
                                the tokens of one step, where it had any
     step_host_time             the part of a step in which the device had nothing to do but wait for the host
+    expert_tokens              for every layer with experts, how many tokens each of them was chosen for; brought up to
+                               date when the engine has nothing to do, and every some hundred steps
     """
 
     num_requests: int = 0
@@ -55,6 +57,7 @@ class EngineStats:
     step_host_time: DistributionStats = _NOTHING_SEEN
     step_prefill_tokens: DistributionStats = _NOTHING_SEEN
     step_decode_tokens: DistributionStats = _NOTHING_SEEN
+    expert_tokens: Mapping[int, tuple[int, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def prefix_cache_hit_rate(self) -> float:
@@ -85,6 +88,7 @@ class EngineMetrics:
         self._host_time = Distribution()
         self._prefill_tokens = Distribution()
         self._decode_tokens = Distribution()
+        self._expert_tokens: dict[int, tuple[int, ...]] = {}
 
     def request_added(self, num_prompt_tokens: int) -> None:
         with self._lock:
@@ -170,6 +174,13 @@ class EngineMetrics:
             self._running, self._waiting, self._kv_usage = num_running, num_waiting, kv_usage
             self._kv_usage_peak = max(self._kv_usage_peak, kv_usage)
 
+    def experts_chosen(self, layer: int, num_tokens: Iterable[int]) -> None:
+        """How many more tokens each expert of a layer was chosen for."""
+        with self._lock:
+            more = tuple(num_tokens)
+            before = self._expert_tokens.get(layer, (0,) * len(more))
+            self._expert_tokens[layer] = tuple(map(sum, zip(before, more, strict=True)))
+
     def snapshot(self, *, exact: bool = True) -> EngineStats:
         """exact=False: percentiles from histograms, so that asking does not hold the engine up."""
         with self._lock:
@@ -202,4 +213,5 @@ class EngineMetrics:
                 step_host_time=self._host_time.stats(exact=exact),
                 step_prefill_tokens=self._prefill_tokens.stats(exact=exact),
                 step_decode_tokens=self._decode_tokens.stats(exact=exact),
+                expert_tokens=MappingProxyType(dict(self._expert_tokens)),
             )

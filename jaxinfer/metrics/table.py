@@ -44,8 +44,18 @@ def format_table(stats: EngineStats, elapsed: float) -> str:
         ("preemptions", f"{stats.num_preemptions:,}"),
         ("programs compiled", _compiled(stats)),
     ]
+    if stats.expert_tokens:
+        rows.append(("expert load", _expert_load(stats)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _expert_load(stats: EngineStats) -> str:
+    """How much more than its share the most chosen expert of a layer had, and of which layer that is most."""
+    uneven = {layer: max(counts) * len(counts) / max(sum(counts), 1) for layer, counts in stats.expert_tokens.items()}
+    worst = max(uneven, key=lambda layer: uneven[layer])
+    median = sorted(uneven.values())[len(uneven) // 2]
+    return f"most chosen over mean: {median:.2f} median of layers, {uneven[worst]:.2f} in layer {worst}"
 
 
 def _requests(stats: EngineStats) -> str:

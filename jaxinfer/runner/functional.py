@@ -176,9 +176,9 @@ def _on_device(
     stream, prepared = step.begin(model, plan, layout, ends_cuts, ends, slots, buffer)
     kinds = tuple(range(len(attention_kinds(plan))))
     whole = Segment(tuple(range(len(layers))), tuple(range(len(pools))), kinds, function=None)
-    x, pools = step.run_layers(
+    x, pools, _ = step.run_layers(
         model, plan, layout, whole, layers_cuts, layers, stream.x, pools,
-        stream.rotations, stream.per_layer, prepared, buffer,
+        stream.rotations, stream.per_layer, prepared, None, buffer,
     )  # fmt: skip
     _, hidden = step.end(model, layout, ends_cuts, ends, x, buffer)
     return step.logits(model, layout.num_sequences, ends_cuts, ends, hidden), pools

@@ -190,9 +190,30 @@ class Runner:
         with self._all_do("reset"):
             self._start_afresh()
 
+    def expert_tokens(self) -> dict[int, np.ndarray]:
+        """For every layer with experts, how many tokens each of them was chosen for since the start or the last reset:
+        uint32 [E], beginning anew at 2 ** 32. It waits for what is sent. {} where other processes have a part of it."""
+        if self._spans_processes:
+            return {}
+        found: dict[int, np.ndarray] = {}
+        for programs, loads in zip(self._programs, self._loads, strict=True):
+            for segment, load in zip(programs.segments, loads, strict=True):
+                if load is not None:
+                    layers = [index for index in segment.layers if self.plan.model.layers[index].experts is not None]
+                    by_place = (
+                        np.asarray(load).view(np.uint32).reshape(*programs.stage.mesh.devices.shape, len(layers), -1)
+                    )
+                    of_shards = by_place[..., 0, :, :].sum(axis=tuple(range(by_place.ndim - 3)), dtype=np.uint32)
+                    found |= zip(layers, of_shards, strict=True)
+        return found
+
     def _start_afresh(self) -> None:
         self._lanes.clear()
         self._lanes += map(self._new_lane, range(self.plan.num_lanes))
+        self._loads = [
+            [None if leaf is None else programs.zeros("load", leaf)() for leaf in programs.loads]
+            for programs in self._programs
+        ]
 
     def _new_lane(self, lane: int) -> _Lane:
         pools: list[jax.Array] = []
@@ -214,7 +235,7 @@ class Runner:
         """Send one stage. flow: what the stage before returned, None for the first: x and all layers' own inputs. The
         last returns what _run_model does."""
         programs, (ends, layers), pools = self._programs[stage], self._params[stage], lane.pools
-        mesh, own = programs.stage.mesh, programs.stage.layers
+        mesh, own, loads = programs.stage.mesh, programs.stage.layers, self._loads[stage]
         words = self._placed(batch) if self._spans_processes else jax.device_put(batch, programs.per_shard)
         if stage == 0:
             last_tokens = lane.state.last_tokens
@@ -229,13 +250,14 @@ class Runner:
             rotations, prepared = programs.resume(layout)(words)
         for number, (segment, params) in enumerate(zip(programs.segments, layers, strict=True)):
             first = segment.layers[0] - own.start
-            x, updated = programs.layers(layout, number)(
+            x, updated, loads[number] = programs.layers(layout, number)(
                 params,
                 x,
                 tuple(pools[pool] for pool in segment.pools),
                 rotations,
                 inputs[first : first + len(segment.layers)],
                 tuple(prepared[kind] for kind in segment.kinds),
+                loads[number],
                 words,
             )
             for pool, array in zip(segment.pools, updated, strict=True):

@@ -63,22 +63,28 @@ def run_layers(
     rotations: tuple[Rotation, ...],
     per_layer: tuple[jax.Array, ...],
     prepared: tuple[Any, ...],
+    load: jax.Array | None,
     buffer: jax.Array,
-) -> tuple[jax.Array, Pools]:
+) -> tuple[jax.Array, Pools, jax.Array | None]:
     """The layers of a segment, or of another of the same function: x [T / C, D], their pools, and both after them.
 
     layers, pools, per_layer, prepared: those of the segment, in its order.
+    load: how many of this device's tokens each expert was chosen for so far, int32 [layers with experts, E], to which
+    this step's are added; None where nobody counts.
     """
     batch = layout.unpack(buffer)
     attend = _paged_attend(plan, segment, batch, prepared)
     is_real = own_part(jnp.arange(layout.num_tokens) < batch.num_tokens)
+    chosen: list[jax.Array] = []
     following = gather_stored(layers[0], cuts[0])
     for place, index in enumerate(segment.layers):
         own, params = per_layer[place] if per_layer else None, following
         if place + 1 < len(layers):
             x, following = gather_after(x, layers[place + 1], cuts[place + 1])
-        x, pools, _ = model.layer(index, params, x, rotations, own, attend, pools, is_real)
-    return x, pools
+        x, pools, by_expert = model.layer(index, params, x, rotations, own, attend, pools, is_real)
+        if by_expert is not None:
+            chosen.append(by_expert)
+    return x, pools, None if load is None else load + jnp.stack(chosen)
 
 
 def end(

@@ -24,7 +24,7 @@ from jaxinfer.plan import Plan
 from jaxinfer.runner import step
 from jaxinfer.runner.batch import BatchLayout
 from jaxinfer.runner.programs import Programs
-from jaxinfer.runner.segments import segments
+from jaxinfer.runner.segments import Segment, segments
 from jaxinfer.runner.step_plan import SCORED_ROWS
 from jaxinfer.sampling.logprobs import score
 from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingRows
@@ -49,7 +49,8 @@ class StepPrograms:
     """Programs of one stage of a model and plan; each is compiled, or loaded, when it is first asked for.
 
     params: the stage's part of the parameters, of which only shapes and shardings are read. pools: of the pools that
-    the stage's layers own, by number.
+    the stage's layers own, by number. loads: of each segment's counts of its experts' tokens, device by device; None
+    where it has no experts.
     """
 
     def __init__(self, model: Model, plan: Plan, stage: Stage, params: Params, programs: Programs) -> None:
@@ -59,6 +60,7 @@ class StepPrograms:
         pools = abstract_pools(plan, NamedSharding(stage.mesh, PER_DEVICE))
         self.pools = {pool: pools[pool] for pool in sorted({plan.layers[index].pool for index in stage.layers})}
         self.state = self._initial_state(model, plan, stage.mesh)
+        self.loads = tuple(self._load(plan, segment) for segment in self.segments)
         self._model, self._plan, self._programs = model, plan, programs
         self._ends, self._layers = self.split(params)
         self._platform = stage.mesh.devices.flat[0].platform
@@ -137,8 +139,8 @@ class StepPrograms:
         return traced
 
     def layers(self, layout: BatchLayout, number: int) -> Any:
-        """(parameters, x, pools, rotations, per-layer inputs, prepared, buffers) -> x, pools: the program of a segment,
-        which it shares with those of the same function."""
+        """(parameters, x, pools, rotations, per-layer inputs, prepared, load, buffers) -> x, pools, load: the program
+        of a segment, which it shares with those of the same function."""
         number = self._same_as[number]
         segment = self.segments[number]
 
@@ -148,14 +150,15 @@ class StepPrograms:
             stream, prepared = self._begun[layout.num_tokens]
             cuts = specs(self._layers[number])
             function = partial(step.run_layers, self._model, self._plan, layout, segment, cuts)
-            inputs = (cuts, ROWS, PER_DEVICE, ROWS, ROWS, PER_PLACE, PER_SHARD)
-            return self._jit(function, inputs, (ROWS, PER_DEVICE), donate=(1, 2)).lower(
+            inputs = (cuts, ROWS, PER_DEVICE, ROWS, ROWS, PER_PLACE, PER_DEVICE, PER_SHARD)
+            return self._jit(function, inputs, (ROWS, PER_DEVICE, PER_DEVICE), donate=(1, 2, 6)).lower(
                 self._layers[number],
                 stream.x,
                 tuple(self.pools[pool] for pool in segment.pools),
                 stream.rotations,
                 stream.per_layer[: len(segment.layers)],
                 tuple(prepared[kind] for kind in segment.kinds),
+                self.loads[number],
                 self._buffer(layout),
             )
 
@@ -267,6 +270,14 @@ class StepPrograms:
 
     def _hidden(self, num_rows: int, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         return self._per_shard((num_rows, self._model.config.hidden_size), self._plan.dtype, spec)
+
+    def _load(self, plan: Plan, segment: Segment) -> jax.ShapeDtypeStruct | None:
+        experts = [plan.model.layers[index].experts for index in segment.layers]
+        sizes = [own.num_experts for own in experts if own is not None]
+        if not sizes:
+            return None
+        shape = (self.stage.mesh.size * len(sizes), sizes[0])
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(self.stage.mesh, PER_DEVICE))
 
     @staticmethod
     def _initial_state(model: Model, plan: Plan, mesh: Mesh) -> SamplerState:

@@ -56,6 +56,7 @@ def main(arguments: str) -> None:
                     "devices": engine.plan.mesh.size,
                     "preemptions": stats.num_preemptions,
                     "hits": engine.scheduler.stats().prefix_hit_tokens,
+                    "experts": list(stats.expert_tokens.items()),
                 }
             )
     print(json.dumps(answers))

@@ -50,6 +50,11 @@ def test_every_layout_gives_the_tokens_of_one_device(golden: str) -> None:
     for mesh, answer in zip(LAYOUTS[golden], spread, strict=True):
         assert answer["devices"] > 1
         assert answer["tokens"] == alone["tokens"], mesh
+        if mesh in ("context=2,tensor=2", "tensor=3"):  # one shard, so that the same tokens are computed
+            assert answer["experts"] == alone["experts"], mesh
+    layers = alone["experts"]
+    assert bool(layers) == ("moe" in golden or golden in ("gpt_oss", "deepseek_v3"))
+    assert len({sum(counts) for _, counts in layers}) <= 1, "layers with experts saw different numbers of tokens"
 
 
 REFUSALS = {
