@@ -92,9 +92,9 @@ def processes(directory: Path, count: int, command: Sequence[str], cache: Path) 
 
 
 def share_programs(patch: pytest.MonkeyPatch) -> None:
-    """Process 0 compiles, and the others load: a process of each core's compiling the same takes minutes.
+    """Process 0 compiles, and the others load; all compiling the same at once takes twice as long and more.
 
-    jax can do that, but takes each process's CPU for another machine: its key of a program differs by process.
+    jax does that where it is asked to, by a program's key, into which it puts CPU devices as each process sees them.
     """
     from jax._src import cache_key
 
