@@ -64,7 +64,7 @@ def _check_stages(config: ModelConfig, count: int) -> None:
     if count > 1 and jax.process_count() > 1:
         raise ValueError(
             f"mesh axis stage={count}: one process sends all stages, and there are {jax.process_count()}; "
-            "use data, fsdp, expert or tensor across hosts"
+            "use data, fsdp, context, expert or tensor across hosts"
         )
 
 

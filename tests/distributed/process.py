@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,7 +25,7 @@ def free_port() -> int:
 class Processes:
     """Started by the same command, process 0 first, each with one device; what they say goes to files in `directory`.
 
-    cache: where jax keeps what it compiles.
+    cache: where jax keeps what process 0 compiles, for all (`share_programs`).
     """
 
     def __init__(self, directory: Path, count: int, command: Sequence[str], cache: Path) -> None:
@@ -33,6 +35,7 @@ class Processes:
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "FAKE_STEP_SECONDS": "0.005",
@@ -88,13 +91,21 @@ def processes(directory: Path, count: int, command: Sequence[str], cache: Path) 
         started.kill()
 
 
+def share_programs(patch: pytest.MonkeyPatch) -> None:
+    """Process 0 compiles, and the others load; all compiling the same at once takes twice as long and more.
+
+    jax does that where it is asked to, by a program's key, into which it puts CPU devices as each process sees them.
+    """
+    from jax._src import cache_key
+
+    patch.setattr(cache_key, "_hash_accelerator_config", lambda hash_obj, devices: None)
+
+
 def main(command: str, arguments: Sequence[str]) -> int:
     if command == "fake":
         from tests.run.fake_engine import main as run_fake
 
         return run_fake(arguments)
-
-    import pytest
 
     import jaxinfer.distributed.follower
     import jaxinfer.engine
@@ -102,6 +113,7 @@ def main(command: str, arguments: Sequence[str]) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         few_programs(patch, (16,))
+        share_programs(patch)
         patch.setattr(jaxinfer.distributed.follower, "resolve", jaxinfer.engine.resolve)
         if command == "serve":
             from serving.__main__ import main as serve

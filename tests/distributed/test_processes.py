@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import socket
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.process import processes
-from tests.e2e.harness import GOLDENS
+from tests.distributed.process import free_port, processes
+from tests.e2e.harness import GOLDENS, copy_with_tokenizer
 
 MODEL = GOLDENS / "llama3_gqa"
 GOLDEN = np.load(MODEL / "golden.npz")
@@ -68,13 +69,24 @@ def said_of_gloo(lines: list[str]) -> int:
     return sum("[Gloo]" in line for line in lines)
 
 
-@pytest.mark.parametrize("lost", [1, 0])
-def test_a_process_that_is_killed_ends_all(tmp_path: Path, cache: Path, lost: int) -> None:
+def test_two_processes_end_together(tmp_path: Path, cache: Path) -> None:
+    """In one test, so that all but the first job find its programs."""
+    for lost in (1, 0):
+        kill_one(made(tmp_path / f"killed-{lost}"), cache, lost)
+    drain_server(made(tmp_path / "server"), cache)
+
+
+def made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
+
+
+def kill_one(directory: Path, cache: Path, lost: int) -> None:
     """In the middle of steps, most of whose time goes by in collectives; what was answered before is kept."""
     lines = [greedy(PROMPTS[0], 8), *(greedy(PROMPTS[0], 80) for _ in range(200))]
-    command = ["run", *job(tmp_path, lines), "--model", str(MODEL), "--mesh", "tensor=2", *SIZES]
-    with processes(tmp_path, 2, command, cache) as group:
-        group.wait_for(tmp_path / "out.jsonl", '"line": 1,')
+    command = ["run", *job(directory, lines), "--model", str(MODEL), "--mesh", "tensor=2", *SIZES]
+    with processes(directory, 2, command, cache) as group:
+        group.wait_for(directory / "out.jsonl", '"line": 1,')
         started = time.monotonic()
         group.signal(lost, signal.SIGKILL)
         statuses = group.wait(20)
@@ -85,9 +97,30 @@ def test_a_process_that_is_killed_ends_all(tmp_path: Path, cache: Path, lost: in
     last = group.said()[1 - lost][-1]
     assert last.startswith(f"error: {name} is lost: its connection ")
     assert last.endswith("start all processes again")
-    found = results(tmp_path)
+    found = results(directory)
     assert found[0]["outputs"][0]["token_ids"] == GREEDY[0]
     assert all(len(result["outputs"][0]["token_ids"]) == 80 for result in found[1:])
+
+
+def drain_server(directory: Path, cache: Path) -> None:
+    """SIGTERM of process 1 in the middle of an answer, which is still given to its end."""
+    model, port = copy_with_tokenizer(MODEL.name, directory / "model"), free_port()
+    command = ["serve", "--model", str(model), "--mesh=tensor=2", "--port=0", f"--http-port={port}", *SIZES]
+    with processes(directory, 2, command, cache) as group:
+        group.wait_for(directory / "stderr.0", "health: SERVING")
+        client = http.client.HTTPConnection("localhost", port, timeout=60)
+        request = {"model": "model", "prompt": PROMPTS[0], "max_tokens": 80, "temperature": 0, "ignore_eos": True}
+        body = json.dumps({**request, "stream": True, "stream_options": {"include_usage": True}})
+        client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = client.getresponse()
+        assert answer.readline().startswith(b"data: ")
+        group.signal(1, signal.SIGTERM)
+        *_, usage, done, _ = answer.read().split(b"\n\n")
+        client.close()
+        assert done == b"data: [DONE]"
+        assert json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"] == 80
+        assert group.wait(20) == [0, 0], group.said()
+    assert f"process 1 on {HOST} was asked to stop (SIGTERM)" in group.said()[0]
 
 
 @pytest.mark.parametrize("asked", [1, 0])
