@@ -49,7 +49,8 @@ def main() -> int:
             )
         if arguments.command == "pipeline":
             os.environ["JAX_PLATFORMS"] = "cpu"
-            os.environ["NPROC"] = "1"  # a program then has one thread
+            os.environ["NPROC"] = "1"  # a program then has one thread,
+            os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # that of who sends it
             os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={arguments.stages}"
             import pipeline_figures
 
