@@ -10,14 +10,18 @@ OTHER_PYTHON ?= $(shell .ci/find-python --other-than $(BIN)/python 3.11 3.12)
 # What fails first where a Python or a JAX differs: starting, the command, and the bundled model from end to end.
 SMOKE ?= tests/test_imports.py tests/test_config.py tests/metrics tests/run tests/e2e
 
-.PHONY: demo test lint test-other-python aot aot-kernels aot-models clean
+.PHONY: demo test test-slow lint test-other-python aot aot-kernels aot-models clean
 
 demo: $(VENV)/installed-serve
 	mkdir -p out
 	$(BIN)/python -m jaxinfer.run --input examples/prompts.jsonl --output out/demo.jsonl --overwrite
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+# Every layout on eight devices, four processes, kernels simulated with race detection.
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -27,7 +31,7 @@ lint: $(VENV)/installed-dev
 test-other-python: $(VENV)/installed-test
 	@test -n "$(OTHER_PYTHON)" || { echo "error: no Python 3.11 or 3.12 other than $(BIN)/python; set OTHER_PYTHON=..." >&2; exit 2; }
 	$(MAKE) --no-print-directory $(OTHER_VENV)/installed-test VENV=$(OTHER_VENV) PYTHON=$(OTHER_PYTHON)
-	$(OTHER_VENV)/bin/python -m pytest -n 2 --dist loadfile $(SMOKE) -p no:cacheprovider
+	$(OTHER_VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(SMOKE) -p no:cacheprovider
 
 # The TPU and GPU compilers get an environment of their own: where they are installed, every JAX process looks for chips.
 # ARGS of `make aot` are both scripts': none, or --quick.

@@ -44,6 +44,7 @@ def greedy(prompt: list[int], max_tokens: int, **fields: Any) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, **fields}
 
 
+@pytest.mark.slow
 def test_four_processes_give_the_tokens_of_one(tmp_path: Path, cache: Path) -> None:
     """Rows of penalties, copied pages and scored prompts are sent too."""
     lines = [

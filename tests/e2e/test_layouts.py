@@ -27,7 +27,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("golden", LAYOUTS)
+QUICK = "llama3_gqa"  # the others are left to `make test-slow`
+
+
+@pytest.mark.parametrize("golden", [QUICK, *(pytest.param(g, marks=pytest.mark.slow) for g in LAYOUTS if g != QUICK)])
 def test_every_layout_gives_the_tokens_of_one_device(golden: str) -> None:
     environment = {
         "JAX_PLATFORMS": "cpu",
