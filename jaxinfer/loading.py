@@ -196,8 +196,8 @@ def load_model(
     computed = resolve_dtype(str(np.dtype(dtype)) if dtype != "auto" else "auto", stored, made.devices.flat[0].platform)
     check_layout(config, made)
     model = Model(config, computed)
-    check_memory(model, made)
     shardings = param_shardings(model, made)
+    check_memory(model, shardings, made)
     if is_orbax(directory):
         params = load_orbax(directory, model.abstract_params, shardings)
     else:

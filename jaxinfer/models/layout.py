@@ -10,8 +10,8 @@ import jax
 from jax.sharding import Mesh
 
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.model import Model
-from jaxinfer.models.stages import cut_points, param_shardings, stages
+from jaxinfer.models.model import Model, Params
+from jaxinfer.models.stages import cut_points, stages
 
 
 def check_layout(config: ModelConfig, mesh: Mesh) -> None:
@@ -84,17 +84,16 @@ def _divisors(config: ModelConfig) -> str:
     return ", ".join(str(size) for size in range(1, largest + 1) if fits(size))
 
 
-def check_memory(model: Model, mesh: Mesh) -> None:
+def check_memory(model: Model, shardings: Params, mesh: Mesh) -> None:
     """ValueError where a device has not the memory for its part of the parameters: by how much, and what would help.
 
-    A device that does not tell its memory is taken to have enough.
+    shardings: how each parameter lies. A device that does not tell its memory is taken to have enough.
     """
     limit = memory_limit(mesh)
     if limit is None:
         return
-    abstract, shardings = model.abstract_params, param_shardings(model, mesh)
     parts = stages(model.config, mesh)
-    needed = max(bytes_per_device(stage.part(abstract), stage.part(shardings)) for stage in parts)
+    needed = max(bytes_per_device(stage.part(model.abstract_params), stage.part(shardings)) for stage in parts)
     where = "every device" if len(parts) == 1 else "a device of the fullest stage"
     axes = "tensor or fsdp" if len(parts) == len(cut_points(model.config)) else "tensor, fsdp or stage"
     if needed > limit:
