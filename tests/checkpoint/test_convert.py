@@ -191,6 +191,7 @@ def test_output_that_cannot_be(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, sys
+sys.dont_write_bytecode = True  # Python would keep what it could write of a module's bytecode, and fail ever after
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
 import contextlib, io
 from jaxinfer.convert import main

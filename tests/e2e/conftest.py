@@ -6,37 +6,11 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxinfer.engine import Engine
 from jaxinfer.llm import LLM
 from tests.e2e.harness import Twin, copy_with_tokenizer, few_programs, num_pages_held
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Every program is compiled once a session, and not much optimised.
-
-    By jax's own cache, which knows equal programs of unequal engines; what engines keep is tested in test_processes.py.
-    """
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXINFER_COMPILATION_CACHE_DIR", "off")
-        yield tmp_path_factory.mktemp("kept")
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

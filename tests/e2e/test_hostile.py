@@ -4,6 +4,7 @@ grow, and every greedy request that finishes equals its twin computed alone."""
 from __future__ import annotations
 
 import jax
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -148,7 +149,8 @@ class Hostile(RuleBasedStateMachine):
         assert num_pages_held(self.engine) == 0
 
 
-def test_any_order_of_anything(engine: Engine, twin: Twin) -> None:
+@pytest.mark.parametrize("examples", [10, pytest.param(40, marks=pytest.mark.slow)])
+def test_any_order_of_anything(engine: Engine, twin: Twin, examples: int) -> None:
     other = Twin(engine.loaded, twin.length)
     other.params = jax.tree.map(lambda leaf: leaf * 0.9, twin.params)
 
@@ -160,7 +162,7 @@ def test_any_order_of_anything(engine: Engine, twin: Twin) -> None:
         run_state_machine_as_test(
             OnThisEngine,
             settings=settings(
-                max_examples=25,
+                max_examples=examples,
                 stateful_step_count=30,
                 deadline=None,
                 derandomize=True,

@@ -15,7 +15,8 @@ from tests.e2e.harness import GOLDENS
 from tests.sharding.run_on_devices import run_on_devices
 
 LAYOUTS = {
-    "llama3_gqa": ["data=2,fsdp=2,tensor=2", "stage=2,context=2,tensor=2"],
+    "llama3_gqa": ["data=2,fsdp=2,tensor=2"],
+    "smollm3": ["stage=2,context=2,tensor=2"],  # layers with rope and without
     "gpt_bigcode_mqa": ["context=2,tensor=4"],  # one kv head: every device has it
     "gemma2": ["data=2,context=2,tensor=2", "stage=3"],  # windows, soft caps
     "gemma4_e": ["stage=2,fsdp=2,context=2"],  # keys shared across layers, per-layer inputs, two head dims

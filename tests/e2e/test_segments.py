@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.loading import load_model
@@ -55,6 +56,7 @@ def test_layers_that_differ_are_told_apart() -> None:
     assert cuts(plan_of(*[FULL] * 4, *[replace(FULL, ffn_dim=32)] * 12)) == ([4] * 4, 2)
 
 
+@pytest.mark.slow
 def test_a_deep_model_equals_its_forward() -> None:
     """17 layers in segments of several kinds: rings, full attention, keys read across segments, per-layer inputs."""
     owners = [WINDOW, WINDOW, FULL] * 4

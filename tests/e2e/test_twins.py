@@ -26,7 +26,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("golden", KINDS)
+# What the others have too is left to `make test-slow`.
+SLOW = {"mistral_window", "qwen2_windows", "gemma3_text", "gpt_bigcode_mqa", "smollm3"}
+
+
+@pytest.mark.parametrize("golden", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS])
 def test_equals_forward(golden: str) -> None:
     loaded = load_model(GOLDENS / golden)
     max_model_len = min(96, loaded.config.max_position)

@@ -78,7 +78,7 @@ def ragged_batches(draw: st.DrawFn) -> Ragged:
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(ragged=ragged_batches())
 def test_matches_oracle_and_leaks_no_nan(name: str, ragged: Ragged) -> None:
     check(ragged, name)

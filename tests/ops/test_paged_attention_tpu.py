@@ -121,7 +121,7 @@ def test_matches_oracle_leaks_no_nan_and_races_nowhere(batch: tuple[Ragged, Bloc
 
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "dtype"),
-    [(10, 2, 80, "bfloat16"), (2, 1, 192, "float32"), (3, 3, 128, "float32")],
+    [(10, 2, 80, "bfloat16"), (2, 1, 192, "float32"), pytest.param(3, 3, 128, "float32", marks=pytest.mark.slow)],
 )
 def test_head_ratios_and_dims(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> None:
     """Shared lane tiles and padded ones, heads in no whole tiles, blocks as the table chooses them."""
@@ -130,7 +130,9 @@ def test_head_ratios_and_dims(num_heads: int, num_kv_heads: int, head_dim: int, 
     check(Ragged(case, [(37, 1), (0, 1), (18, 11)], 16, 4, 4), None)
 
 
-@pytest.mark.parametrize(("num_heads", "head_dim", "latent_dim"), [(16, 160, 128), (5, 20, 13)])
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "latent_dim"), [pytest.param(16, 160, 128, marks=pytest.mark.slow), (5, 20, 13)]
+)
 def test_keys_that_begin_with_their_values(num_heads: int, head_dim: int, latent_dim: int) -> None:
     sizes = {"num_heads": num_heads, "num_kv_heads": 1, "head_dim": head_dim, "latent_dim": latent_dim}
     check(Ragged(tpu_case(**sizes), [(37, 1), (0, 1), (18, 11)], 16, 4, 8), Blocks(2, 3, 8, 1 << 24))

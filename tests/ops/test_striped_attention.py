@@ -93,7 +93,7 @@ def ragged_batches(draw: st.DrawFn) -> Ragged:
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(ragged=ragged_batches())
 def test_parts_merge_to_the_oracle(name: str, ragged: Ragged) -> None:
     check(ragged, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,13 +264,18 @@ def test_two_jobs_cannot_write_one_file(command: Command, capsys: pytest.Capture
 
 @contextlib.contextmanager
 def small_files(limit: int) -> Iterator[None]:
-    """Files of this process cannot grow beyond `limit` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    """Files of this process cannot grow beyond `limit` bytes, as on a full disk.
+
+    No bytecode is written meanwhile: Python would keep what fits of a module's, and fail to import it ever after.
+    """
+    before, writes = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = writes
 
 
 def test_full_disk_keeps_whole_lines(command: Command, capsys: pytest.CaptureFixture[str]) -> None:

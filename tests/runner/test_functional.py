@@ -102,7 +102,7 @@ def check(loaded: LoadedModel, params: Any = None) -> Caller:
     return caller
 
 
-@pytest.mark.parametrize("golden", ["gemma2", "deepseek_v3"])
+@pytest.mark.parametrize("golden", ["gemma2", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_equals_forward(golden: str) -> None:
     """Rings and soft caps; one latent for all heads, and experts."""
     loaded = load_model(GOLDENS / golden)
@@ -130,29 +130,33 @@ def test_other_parameters_and_gradients() -> None:
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["layers"]["0"]))
 
 
-def test_on_meshes() -> None:
+@pytest.mark.parametrize(
+    ("golden", "axes"),
+    [
+        ("llama3_gqa", ("data", "fsdp", "tensor")),
+        pytest.param("qwen3_moe_windows", ("expert", "context", "data"), marks=pytest.mark.slow),
+    ],
+)
+def test_on_meshes(golden: str, axes: tuple[str, ...]) -> None:
     """Own programs on 8 devices, the mesh given by jax: dense over three axes, experts over two others."""
-    code = """
+    code = f"""
 import jax
 from jaxinfer.loading import load_model
 from tests.runner.test_functional import GOLDENS, check
-for golden, axes in (("llama3_gqa", ("data", "fsdp", "tensor")), ("qwen3_moe_windows", ("expert", "context", "data"))):
-    loaded = load_model(GOLDENS / golden, mesh=jax.make_mesh((2, 2, 2), axes))
-    caller = check(loaded)
-    for array, sharding in zip(
-        jax.tree.leaves(caller.cache), jax.tree.leaves(loaded.cache_shardings(caller.cache)), strict=True
-    ):
-        assert array.sharding.is_equivalent_to(sharding, array.ndim), (array.sharding, sharding)
-        assert len({str(shard.index) for shard in array.addressable_shards}) == (8 if array.ndim > 1 else 4)
-    try:
-        loaded.make_cache(6, 40)
-    except ValueError as error:
-        print(error)
+loaded = load_model(GOLDENS / {golden!r}, mesh=jax.make_mesh((2, 2, 2), {axes}))
+caller = check(loaded)
+for array, sharding in zip(
+    jax.tree.leaves(caller.cache), jax.tree.leaves(loaded.cache_shardings(caller.cache)), strict=True
+):
+    assert array.sharding.is_equivalent_to(sharding, array.ndim), (array.sharding, sharding)
+    assert len({{str(shard.index) for shard in array.addressable_shards}}) == (8 if array.ndim > 1 else 4)
+try:
+    loaded.make_cache(6, 40)
+except ValueError as error:
+    print(error)
 """
-    lines = run_on_devices(code, 8).splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        assert re.match(r"num_sequences=6 is not a multiple of the 4 shards of mesh .*; use 8$", line)
+    (line,) = run_on_devices(code, 8).splitlines()
+    assert re.match(r"num_sequences=6 is not a multiple of the 4 shards of mesh .*; use 8$", line)
 
 
 def test_refusals() -> None:
@@ -180,6 +184,7 @@ def test_refusals() -> None:
             call()
 
 
+@pytest.mark.slow
 def test_the_example_runs() -> None:
     environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     result = subprocess.run(

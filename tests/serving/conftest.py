@@ -10,11 +10,11 @@ import pytest
 
 from jaxinfer.engine import Engine
 from jaxinfer.llm import LLM
-from tests.e2e.conftest import compiled_programs, few_buckets
+from tests.e2e.conftest import few_buckets
 from tests.e2e.harness import copy_with_tokenizer, few_programs, num_pages_held
 from tests.serving.harness import CHAT_TEMPLATE
 
-__all__ = ["compiled_programs", "few_buckets"]
+__all__ = ["few_buckets"]
 
 
 @pytest.fixture(scope="session")
