@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,12 +36,9 @@ MAX_FAILURES = 3
 # grows with the number of requests up to Limits.stream_pause; a first token never waits, nor does one that is alone.
 # All streams are sent to at the same moment: messages that follow each other cost a quarter less than scattered ones.
 PAUSE_PER_REQUEST = 0.005
-# How long the event loop may keep Python to itself while the engine's thread wants it. Python's own 5 ms are half a
-# step of a small model, in which the device would have nothing to do.
-_SWITCH_SECONDS = 0.001
-# How long the engine's thread, having sent a first token, leaves Python to the event loop. The device has its next step
-# already. Without it the token waits until that thread has planned the step after.
-_HAND_OVER_SECONDS = 0.002
+# How long the engine's thread, having sent a first token, leaves Python to the event loop until the token is on its way.
+# The device has its next step already. Otherwise the token would wait while that thread plans the step after.
+_HAND_OVER_SECONDS = 0.003
 _PROBE = "probe"
 
 
@@ -206,7 +202,6 @@ class EngineLoop:
         opened: asyncio.Future[Engine] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name="engine", daemon=True)
         self._thread.start()
-        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         engine = await opened
         self._watch = asyncio.create_task(self._watch_steps())
         return engine
