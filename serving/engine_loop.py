@@ -36,8 +36,8 @@ MAX_FAILURES = 3
 # grows with the number of requests up to Limits.stream_pause; a first token never waits, nor does one that is alone.
 # All streams are sent to at the same moment: messages that follow each other cost a quarter less than scattered ones.
 PAUSE_PER_REQUEST = 0.005
-# How long the engine's thread, having sent a first token, leaves Python to the event loop until the token is on its way.
-# The device has its next step already. Otherwise the token would wait while that thread plans the step after.
+# How long the engine's thread, having sent a first token, leaves Python to the event loop, until the token is on its
+# way. The device has its next step already. Otherwise the token would wait while that thread plans the step after.
 _HAND_OVER_SECONDS = 0.003
 _PROBE = "probe"
 
