@@ -38,7 +38,7 @@ MAX_FAILURES = 3
 PAUSE_PER_REQUEST = 0.005
 # How long the engine's thread, having sent a first token, leaves Python to the event loop, until the token is on its
 # way. The device has its next step already. Otherwise the token would wait while that thread plans the step after.
-_HAND_OVER_SECONDS = 0.003
+_HAND_OVER_SECONDS = 0.002
 _PROBE = "probe"
 
 
