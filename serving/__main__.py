@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     limit("--max-unread-tokens", "N", int, "tokens that a stream's reader may leave unread (default: 16384)")
     limit("--stall-seconds", "S", float, "how long a reader may read nothing (default: 30)")
     limit("--max-message-bytes", "N", int, "size of a request (default: 16 MiB)")
-    limit("--max-connections", "N", int, "open HTTP connections, and gRPC calls (default: 256 and the requests taken)")
+    limit("--max-connections", "N", int, "open HTTP and gRPC connections, and gRPC calls (default: see README.md)")
     limit("--stream-pause", "S", float, "collect a stream's text so long at most, under load (default: 0.15; 0 is off)")
     limit("--step-timeout", "S", float, "a step that takes longer hangs, and the process ends (default: 120)")
     add_engine_flags(result)
@@ -219,7 +219,7 @@ def _control_config(args: argparse.Namespace) -> ControlConfig | None:
 
 async def _serve(config: ServerConfig, engine: EngineConfig, group: Group | None) -> int:
     from jaxinfer.run import open_engine
-    from serving.server import Server
+    from serving.server import Server, settle
 
     signals: asyncio.Queue[int] = asyncio.Queue()
     stopped = asyncio.create_task(_first(signals))
@@ -247,6 +247,7 @@ async def _serve(config: ServerConfig, engine: EngineConfig, group: Group | None
     except (ValueError, OSError) as error:
         _tell_error(str(error))
         _end_now(NOT_STARTED)
+    settle()
     log.info("%s is ready on port %d%s", config.name, server.port, http)
     if server.control_port:
         log.info("control on port %d", server.control_port)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -147,7 +148,10 @@ class Control(Service, control_pb2_grpc.ControlServicer):
         return pb.LoadResponse(seconds=time.monotonic() - started)
 
     async def _load(self, directory: Path) -> None:
-        """Read the weights beside the running engine, and swap them between two of its steps."""
+        """Read the weights beside the running engine, and swap them between two of its steps.
+
+        The old ones are not dropped first: requests run on them, and the new ones may turn out to be unreadable.
+        """
         engine = self.frontend.engine
         served, dtype = await engine.call(lambda owner: (owner.loaded, owner.plan.dtype))
         try:
@@ -210,7 +214,31 @@ def _read_weights(directory: Path, served: LoadedModel, dtype: Any) -> Params:
             f"{directory} ends with tokens {generation.eos_token_ids}, and the served model with "
             f"{served.generation.eos_token_ids}; start another server"
         )
+    check_room(served, lambda device: device.memory_stats() or {})
     return load_model(directory, mesh=served.mesh, dtype=dtype).params
+
+
+def check_room(served: LoadedModel, memory_of: Callable[[Any], Mapping[str, int]]) -> None:
+    """ValueError where a device has not the memory for a second set of weights beside what it holds.
+
+    memory_of: a device's memory_stats(); one that does not tell is taken to have enough.
+    """
+    import jax
+
+    needed: Counter[Any] = Counter()
+    for array in jax.tree.leaves(served.params):
+        for shard in array.addressable_shards:
+            needed[shard.device] += shard.data.nbytes
+    for device, size in needed.items():
+        memory = memory_of(device)
+        if "bytes_limit" not in memory:
+            continue
+        free = memory["bytes_limit"] - memory["bytes_in_use"]
+        if size > free:
+            raise ValueError(
+                f"the new weights take {size} bytes of {device} beside the old ones, and {free} are free; "
+                f"start the server with a smaller KV cache, or another server"
+            )
 
 
 def _invalid(message: str) -> RequestError:

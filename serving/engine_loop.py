@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,9 +36,9 @@ MAX_FAILURES = 3
 # grows with the number of requests up to Limits.stream_pause; a first token never waits, nor does one that is alone.
 # All streams are sent to at the same moment: messages that follow each other cost a quarter less than scattered ones.
 PAUSE_PER_REQUEST = 0.005
-# How long the event loop may keep Python to itself while the engine's thread wants it. Python's own 5 ms are half a
-# step of a small model, in which the device would have nothing to do.
-_SWITCH_SECONDS = 0.001
+# How long the engine's thread, having sent a first token, leaves Python to the event loop, until the token is on its
+# way. The device has its next step already. Otherwise the token would wait while that thread plans the step after.
+_HAND_OVER_SECONDS = 0.002
 _PROBE = "probe"
 
 
@@ -187,6 +186,7 @@ class EngineLoop:
         self._loop: asyncio.AbstractEventLoop
         self._outbox_lock = threading.Lock()
         self._outbox: list[tuple[Callable[[Any], None], Any]] = []
+        self._taken = threading.Event()
         # The thread's own; others read the first two:
         self._num_begun = 0  # steps and commands
         self._is_busy = False
@@ -202,7 +202,6 @@ class EngineLoop:
         opened: asyncio.Future[Engine] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name="engine", daemon=True)
         self._thread.start()
-        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         engine = await opened
         self._watch = asyncio.create_task(self._watch_steps())
         return engine
@@ -297,6 +296,7 @@ class EngineLoop:
             outbox, self._outbox = self._outbox, []
         for deliver, what in outbox:
             deliver(what)
+        self._loop.call_soon(self._taken.set)  # after the readers that this has woken
 
     def _died(self, error: BaseException) -> None:
         self._dead = error
@@ -357,6 +357,7 @@ class EngineLoop:
         with self._outbox_lock:
             is_first = not self._outbox
             self._outbox += messages
+            self._taken.clear()
         if is_first:
             self._loop.call_soon_threadsafe(self._fetch)
 
@@ -453,9 +454,12 @@ class EngineLoop:
         is_due = now - self._last_sent >= min(PAUSE_PER_REQUEST * (len(self._jobs) - 1), self._limits.stream_pause)
         if is_due:
             self._last_sent = now
+        has_first = False
         for job in self._jobs.values():
             assert job.deltas is not None
-            if job.has_more and (is_due or not job.deltas.has_given):
+            is_first = not job.deltas.has_given
+            if job.has_more and (is_due or is_first):
+                has_first |= is_first
                 messages.append((job.stream.give, job.deltas.take()))
                 job.has_more = False
         for job in [job for job in self._jobs.values() if job.is_waiting]:
@@ -466,6 +470,8 @@ class EngineLoop:
             else:
                 self._expire(engine, job, now)
         self._send_all(messages)
+        if has_first:
+            self._taken.wait(_HAND_OVER_SECONDS)
 
     def _start_over(self, engine: Engine, error: Exception) -> None:
         """The engine has ended every request and is empty. Run again, once, those whose readers have seen nothing."""

@@ -11,6 +11,7 @@ MAX_STOP_CHARACTERS = 1024
 # More text than this for each token of max_model_len is refused without tokenizing it.
 MAX_PROMPT_BYTES_PER_TOKEN = 32
 SPARE_CONNECTIONS = 256
+GRPC_CONNECTIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class Limits:
     max_unread_tokens    tokens of one stream that its reader has not taken
     stall_seconds        how long a reader may leave a message unread
     max_message_bytes    size of one message from a client
-    max_connections      HTTP connections open at a time, and as many gRPC calls; None is 256 more than the requests
-                         that may run or wait
+    max_connections      HTTP connections open at a time, as many gRPC connections, and as many gRPC calls; None is 256
+                         more than the requests that may run or wait, and 1024 gRPC connections, whose number is
+                         settled before the model's is known
     stream_pause         longest time for which a stream's text is collected into one message, with many streams running
     step_timeout         how long a step of the warm engine may take before it is taken to hang
     """

@@ -8,6 +8,7 @@ of tokens], ...], end, error or null], times in seconds since the first could st
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import statistics
 import sys
@@ -26,8 +27,7 @@ Outcome = tuple[float, list[tuple[float, int]], float, str | None]
 _NUM_EMPTY, _EMPTY_PAUSE = 5, 0.02
 
 
-async def one(client: AsyncClient, origin: float, start: float, prompt: list[int], max_tokens: int) -> Outcome:
-    await asyncio.sleep(max(origin + start - time.monotonic(), 0))
+async def one(client: AsyncClient, origin: float, prompt: list[int], max_tokens: int) -> Outcome:
     began, arrivals = time.monotonic() - origin, []
     try:
         async for message in client.stream(prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True):
@@ -50,12 +50,18 @@ async def load(address: str, requests: list[Any]) -> dict[str, Any]:
     async with AsyncClient(address, max_tries=1) as client:
         await client.models()  # connects
         empty = [await empty_call(client) for _ in range(_NUM_EMPTY)]
-        cpu, origin = time.process_time(), time.monotonic() + 0.01
-        outcomes: list[Outcome] = await asyncio.gather(*(one(client, origin, *request) for request in requests))
+        calls: list[asyncio.Task[Outcome]] = []
+        cpu, origin = time.process_time(), time.monotonic()
+        for start, prompt, max_tokens in requests:
+            if (pause := origin + start - time.monotonic()) > 0:
+                await asyncio.sleep(pause)
+            calls.append(asyncio.create_task(one(client, origin, prompt, max_tokens)))
+        outcomes = await asyncio.gather(*calls)
         return {"cpu": time.process_time() - cpu, "empty": statistics.median(empty), "requests": outcomes}
 
 
 if __name__ == "__main__":
+    gc.disable()  # its pauses would count as the server's
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(asyncio.run(load(**json.loads(line)))), flush=True)

@@ -1,12 +1,13 @@
 """What the server costs over the bare engine, and how it bears load that does not wait for it.
 
-overhead   32 streams of 128 tokens, and the first token of one stream alone: bare engine and server take turns in this
-           process, the clients are in another; ratios of neighbouring turns, medians
+overhead   32 streams of 128 tokens that start together, and the first token of one stream alone on an idle server: bare
+           engine and server take turns in this process, asked at the same pace; the clients are in another process.
+           Ratios and differences of neighbouring turns, medians
 load       requests of mixed lengths that arrive at random (Poisson) whatever the server does, at several rates: output
            tokens per second, time to first token (TTFT), time between tokens (ITL: a message's tokens share the time
            since the message before), and goodput, the part of all requests that kept to the objective
 overload   four times the requests that the engine can serve, for as long as is asked: how soon those too many hear
-           so, what the accepted ones wait, and what memory it takes
+           so, what the accepted ones wait, and the process's memory at the start, half-way and at the end
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
@@ -30,11 +32,13 @@ import numpy as np
 from jaxinfer.config import EngineConfig, default_model
 from jaxinfer.engine import Engine
 from jaxinfer.types import Request, SamplingParams
-from serving.server import Server, ServerConfig
+from serving.server import Server, ServerConfig, settle
 
 NUM_STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS = 32, 32, 128
+PAUSE = 0.1  # seconds between requests that are alone
 # The objective that goodput counts by, in seconds.
 MAX_TTFT, MAX_ITL = 0.5, 0.05
+MAX_REFUSAL = 0.05
 RATES = (0.25, 0.5, 0.75, 1.0, 1.5)  # of what the bare engine does
 
 Item = tuple[float, list[int], int]  # start in seconds, prompt, max_tokens
@@ -167,29 +171,29 @@ def overhead(engine: Engine, clients: Clients, rounds: int) -> float:
     def streams() -> list[Item]:
         return [(0.0, prompt, OUTPUT_TOKENS) for prompt in _prompts(engine, rng, [PROMPT_TOKENS] * NUM_STREAMS)]
 
-    def alone() -> tuple[float, float]:
-        """Tokens per second, and seconds of processor time."""
+    def alone() -> tuple[float, float, float]:
+        """Tokens per second, seconds until the median first token, and seconds of processor time."""
         cpu = time.process_time()
-        rate, _ = bare(engine, streams())
-        return rate, time.process_time() - cpu
+        rate, first = bare(engine, streams())
+        return rate, first, time.process_time() - cpu
 
     alone()
     served(engine, clients, streams())
-    rates, ratios, messages, added, empty, work = [alone()], [], [], [], [], []
+    turns, ratios, messages, added, added_alone, empty, work = [alone()], [], [], [], [], [], []
     for _ in range(rounds):
         answers = served(engine, clients, streams())
-        rates.append(alone())
-        (before, cpu_before), (after, cpu_after) = rates[-2:]
-        ratios.append(answers.num_tokens / answers.seconds / statistics.fmean((before, after)))
-        cpu = statistics.fmean((cpu_before, cpu_after))
+        turns.append(alone())
+        rate, first, cpu = (statistics.fmean(pair) for pair in zip(*turns[-2:], strict=True))
+        ratios.append(answers.num_tokens / answers.seconds / rate)
+        added.append(_median_ttft(answers) - first)
         work.append((answers.server_cpu / cpu - 1, answers.client_cpu / cpu))
         messages.append(answers.num_tokens / answers.num_messages)
         empty.append(answers.empty)
-        single = [(0.1 * number, prompt, 4) for number, prompt in enumerate(_prompts(engine, rng, [64] * 10))]
-        first = [bare(engine, [(0.0, prompt, 4)])[1] for _, prompt, _ in single]
+        single = [(PAUSE * number, prompt, 4) for number, prompt in enumerate(_prompts(engine, rng, [64] * 10))]
+        first = statistics.median(_after_a_pause(engine, prompt) for _, prompt, _ in single)
         answers = served(engine, clients, [(start, prompt[::-1], 4) for start, prompt, _ in single])
-        added.append(statistics.median(own for own in answers.ttft if own is not None) - statistics.median(first))
-    rate, ratio = statistics.median(rate for rate, _ in rates), statistics.median(ratios)
+        added_alone.append(_median_ttft(answers) - first)
+    rate, ratio = statistics.median(rate for rate, _, _ in turns), statistics.median(ratios)
     print(f"bare engine, {NUM_STREAMS} streams of {OUTPUT_TOKENS} tokens: {rate:.0f} tokens/s")
     each = ", ".join(f"{100 * own:.0f}%" for own in sorted(ratios))
     print(f"served over gRPC: {100 * ratio:.1f}% of that (limit 90%; rounds: {each})")
@@ -198,12 +202,25 @@ def overhead(engine: Engine, clients: Clients, rounds: int) -> float:
         f"processor time, of the bare engine's: the server {server:+.1f}%, the clients on the same cores {client:.1f}%"
     )
     print(f"tokens in a message: {statistics.median(messages):.1f}")
-    each = ", ".join(f"{1000 * own:+.1f}" for own in sorted(added))
-    print(
-        f"first token of one stream alone: {1000 * statistics.median(added):+.1f} ms (limit +5 ms; rounds: {each}); "
-        f"an empty call takes {1000 * statistics.median(empty):.1f} ms"
-    )
+    print(f"first token of one stream alone: {_more(added_alone, 'limit +5 ms; ')}")
+    print(f"first tokens of all streams, started together: {_more(added)}")
+    print(f"an empty call takes {1000 * statistics.median(empty):.1f} ms")
     return rate
+
+
+def _after_a_pause(engine: Engine, prompt: list[int]) -> float:
+    """Seconds until the bare engine's first token of a request that finds it idle for as long as the server's does."""
+    time.sleep(PAUSE)
+    return bare(engine, [(0.0, prompt, 4)])[1]
+
+
+def _median_ttft(answers: Answers) -> float:
+    return statistics.median(first for first in answers.ttft if first is not None)
+
+
+def _more(seconds: list[float], limit: str = "") -> str:
+    each = ", ".join(f"{1000 * own:+.1f}" for own in sorted(seconds))
+    return f"{1000 * statistics.median(seconds):+.1f} ms ({limit}rounds: {each})"
 
 
 def load(engine: Engine, clients: Clients, seconds: float, tokens_per_second: float, plot: str | None) -> None:
@@ -235,24 +252,51 @@ def load(engine: Engine, clients: Clients, seconds: float, tokens_per_second: fl
 
 
 def overload(engine: Engine, clients: Clients, seconds: float) -> None:
-    """Prints what clients see of a quarter of the load that the engine can bear, of all of it, and of four times it."""
+    """Prints what clients see of the load that the engine can bear, and of four times it."""
     rng = np.random.default_rng(2)
     tokens_per_second = max(bare(engine, _arrivals(engine, rng, 1e4, 1)[1][:128])[0] for _ in range(2))
     print(f"bare engine, requests of mixed lengths: {tokens_per_second:.0f} tokens/s\n")
     print("    load  requests  refused  refusal p50/p95/p99 ms         TTFT p50/p95/p99 ms       ITL p50/p95/p99 ms")
-    before = resident_mib()
-    for part, own_seconds in ((0.25, 10.0), (1.0, 10.0), (4.0, seconds / 2), (4.0, seconds / 2)):
+    for part, own_seconds in ((1.0, 8.0), (4.0, seconds)):
         _, requests = _arrivals(engine, rng, part * tokens_per_second, own_seconds)
-        answers = served(engine, clients, requests)
+        with MemoryWatch() as memory:
+            answers = served(engine, clients, requests)
         ttft = [first for first in answers.ttft if first is not None]
         itl = [gap for gaps in answers.itl for gap in gaps]
         refusals = _three(_percentiles(answers.refusals)) if answers.refusals else "-".rjust(27)
         print(
             f"{part:7.2f}x {len(requests):9d} {len(answers.refusals):8d}  {refusals}  {_three(_percentiles(ttft))}"
             f"  {_three(_percentiles(itl))}  {answers.num_tokens / answers.seconds:.0f} tokens/s"
-            f"  memory {before:.0f} -> {resident_mib():.0f} MiB"
         )
-        before = resident_mib()
+        print(f"         memory at the start, half-way and at the end: {memory.three()} MiB", end="")
+        late = sum(refusal > MAX_REFUSAL for refusal in answers.refusals)
+        print(f"; refusals after more than {1000 * MAX_REFUSAL:.0f} ms: {late}" if answers.refusals else "")
+    rate, _ = bare(engine, _arrivals(engine, rng, 1e4, 1)[1][:128])
+    print(f"\nbare engine afterwards: {rate:.0f} tokens/s")
+
+
+class MemoryWatch:
+    """Looks at this process's memory while its context is open."""
+
+    def __enter__(self) -> MemoryWatch:
+        self._seen = [resident_mib()]
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._seen.append(resident_mib())
+
+    def three(self) -> str:
+        """MiB at the start, half-way and at the end."""
+        return " / ".join(f"{self._seen[place]:.0f}" for place in (0, len(self._seen) // 2, -1))
+
+    def _look(self) -> None:
+        while not self._is_over.wait(0.5):
+            self._seen.append(resident_mib())
 
 
 def resident_mib() -> float:
@@ -325,6 +369,7 @@ def report(model: str | None, rounds: int, seconds: float, plot: str | None, ove
         raise ValueError("--plot needs matplotlib; pip install 'jaxinfer[bench]'")
     engine = Engine(EngineConfig(model or str(default_model()), max_num_seqs=NUM_STREAMS))
     engine.warm_up()
+    settle()
     print(f"{engine.loaded.directory.name} on {platform.processor() or platform.machine()}\n{engine.plan.describe()}\n")
     clients = Clients()
     try:

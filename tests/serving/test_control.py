@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import jax
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2
@@ -22,7 +23,7 @@ from jaxinfer.loading import load_model
 from jaxinfer.types import SamplingParams
 from serving.__main__ import main
 from serving.client import AsyncClient
-from serving.control import ControlConfig
+from serving.control import ControlConfig, check_room
 from serving.generated import control_pb2 as pb
 from serving.generated import control_pb2_grpc
 from serving.security import Tokens
@@ -170,6 +171,16 @@ def test_load(llm: LLM, model_directory: Path, tmp_path: Path) -> None:
         run(scenario())
     finally:
         llm.update_params(params)
+
+
+def test_load_needs_room_for_both(engine: Engine) -> None:
+    needed = sum(array.nbytes for array in jax.tree.leaves(engine.loaded.params))
+    memory = {"bytes_limit": needed + 5, "bytes_in_use": 5}
+    check_room(engine.loaded, lambda _: memory)
+    check_room(engine.loaded, lambda _: {})
+    memory["bytes_in_use"] += 1
+    with pytest.raises(ValueError, match=rf"{needed} bytes of .* and {needed - 1} are free"):
+        check_room(engine.loaded, lambda _: memory)
 
 
 def test_profile(engine: Engine, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """Requests of every kind, with clients that leave in every way: each accepted one ends exactly once, and
-afterwards nothing is held. LEDGER_REQUESTS=7000 makes it as large as one likes; each number draws other requests.
+afterwards nothing is held.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import gc
 import os
 import random
+import weakref
 from typing import Any
 
 import grpc
@@ -15,13 +17,14 @@ import pytest
 
 from jaxinfer.engine import Engine
 from serving.client import AsyncClient, Generation, make_request
+from serving.deltas import Delta, End
 from serving.engine_loop import RequestStream
+from serving.errors import RequestError
 from serving.generated import inference_pb2 as pb
 from serving.generated import inference_pb2_grpc
 from serving.settings import Limits
 from tests.serving.harness import address, run, serving, until
 
-NUM_REQUESTS = int(os.environ.get("LEDGER_REQUESTS", "1200"))
 AT_A_TIME = 24
 STALL_SECONDS = 1.0
 # What clients do, and how often of a hundred times.
@@ -34,22 +37,33 @@ def num_descriptors() -> int:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors as Linux shows them")
-def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(NUM_REQUESTS)
+@pytest.mark.parametrize("num_requests", [1200, pytest.param(24_000, marks=pytest.mark.slow)])
+def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.MonkeyPatch, num_requests: int) -> None:
+    rng = random.Random(num_requests)
     begun: collections.Counter[str] = collections.Counter()
     ended: collections.Counter[str] = collections.Counter()
+    given: collections.Counter[str] = collections.Counter()  # tokens
     outcomes: collections.Counter[str] = collections.Counter()
-    begin, end = RequestStream.__init__, RequestStream._end
+    alive: weakref.WeakSet[RequestStream] = weakref.WeakSet()
+    begin, give, end = RequestStream.__init__, RequestStream.give, RequestStream._end
 
     def counted_begin(self: RequestStream, request: Any, *arguments: Any, **more: Any) -> None:
         begin(self, request, *arguments, **more)
         begun[request.request_id] += 1
+        alive.add(self)
 
-    def counted_end(self: RequestStream, *arguments: Any) -> None:
+    def counted_give(self: RequestStream, delta: Delta) -> None:
+        given[self.request.request_id] += delta.num_tokens
+        give(self, delta)
+
+    def counted_end(self: RequestStream, how: End | RequestError) -> None:
         ended[self.request.request_id] += 1
-        end(self, *arguments)
+        tokens = how.num_completion_tokens if isinstance(how, End) else 0
+        assert given[self.request.request_id] == tokens, "the server's own count, whatever its reader sees of it"
+        end(self, how)
 
     monkeypatch.setattr(RequestStream, "__init__", counted_begin)
+    monkeypatch.setattr(RequestStream, "give", counted_give)
     monkeypatch.setattr(RequestStream, "_end", counted_end)
 
     def check(whole: Generation) -> None:
@@ -149,7 +163,7 @@ def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.Mo
         async with serving(engine, limits) as server, AsyncClient(address(server), max_tries=1) as client:
             await client.generate([5], max_tokens=1)
             descriptors = num_descriptors()
-            numbers = iter(range(NUM_REQUESTS))
+            numbers = iter(range(num_requests))
 
             async def work() -> None:
                 for _ in numbers:
@@ -162,13 +176,15 @@ def test_every_accepted_request_ends_once(engine: Engine, monkeypatch: pytest.Mo
             assert not server.frontend.engine.streams
             await until(lambda: not server.frontend.engine._jobs)
             await until(lambda: num_descriptors() <= descriptors)
+            gc.collect()
+            assert not alive
 
-    run(scenario(), 60 + NUM_REQUESTS / 20)
+    run(scenario(), 60 + num_requests / 20)
     assert begun == ended
     assert set(begun.values()) == {1}
-    assert sum(outcomes.values()) == NUM_REQUESTS
+    assert sum(outcomes.values()) == num_requests
     codes = {outcome.split()[1] for outcome in outcomes}
     assert codes <= {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED"}, outcomes
     assert outcomes["stall ABORTED"], outcomes
     assert {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"} <= codes, outcomes
-    assert sum(count for outcome, count in outcomes.items() if outcome.endswith(" OK")) > NUM_REQUESTS // 4, outcomes
+    assert sum(count for outcome, count in outcomes.items() if outcome.endswith(" OK")) > num_requests // 4, outcomes

@@ -11,9 +11,10 @@ import grpc
 import pytest
 
 from jaxinfer.engine import Engine
+from serving.client import AsyncClient
 from serving.generated import inference_pb2 as pb
 from serving.settings import Limits
-from tests.serving.harness import GREEDY, Brake, collect, connected, refused, run, until
+from tests.serving.harness import GREEDY, Brake, address, collect, connected, refused, run, serving, until
 
 PROMPT = "one small prompt"
 
@@ -128,6 +129,33 @@ def test_too_many_calls(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None
             await inside
 
     run(scenario())
+
+
+def test_too_many_connections(engine: Engine) -> None:
+    """A connection beyond the limit is cut at once, a place that becomes free is taken."""
+
+    async def scenario() -> None:
+        async with serving(engine, Limits(max_connections=2)) as server:
+            (first, first_writer), (second, second_writer) = [await http2_connection(server.port) for _ in range(2)]
+            for reader in (first, second):
+                assert await reader.read(1)
+            third, third_writer = await http2_connection(server.port)
+            assert await third.read() == b""
+            first_writer.close()
+            await first_writer.wait_closed()
+            async with AsyncClient(address(server), max_tries=20) as client:
+                assert await client.models()
+            for writer in (second_writer, third_writer):
+                writer.close()
+
+    run(scenario())
+
+
+async def http2_connection(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to this machine that has sent what HTTP/2 begins with: the preface and empty settings."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+    return reader, writer
 
 
 def test_overload_in_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
