@@ -21,8 +21,6 @@ def supports(case: AttentionCase) -> str | None:
     capability = _capability()
     if capability != CAPABILITY:
         return f"the GPU's compute capability is {capability}, not {CAPABILITY} (Hopper)"
-    if case.context > 1:
-        return f"it gives no log-sum-exp, and the keys are spread over context={case.context} devices"
     return gpu_layout.supports(case)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
+from jax import lax
 
 from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
+from jaxinfer.sharding.spmd import CONTEXT
 from pallas_kernels.paged_attention import tpu_layout
 
 if TYPE_CHECKING:
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
 def supports(case: AttentionCase) -> str | None:
     if case.platform != "tpu":
         return f"the platform is {case.platform}, not tpu"
-    if case.context > 1:
-        return f"it gives no log-sum-exp, and the keys are spread over context={case.context} devices"
     return tpu_layout.supports(case)
 
 
@@ -28,7 +28,8 @@ def pool_shape(case: AttentionCase, num_pages: int) -> tuple[int, ...]:
 def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> tuple[Rows, ...]:
     from pallas_kernels.paged_attention import tpu
 
-    return tpu.prepare(batch.page_tables[group], batch.query_start, batch.kv_len)
+    place = None if case.context == 1 else lax.axis_index(CONTEXT)
+    return tpu.prepare(batch.page_tables[group], batch.query_start, batch.kv_len, context=case.context, place=place)
 
 
 def run(
@@ -41,7 +42,7 @@ def run(
     group: int,
     metadata: tuple[Rows, ...],
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, jax.Array]:
     from pallas_kernels.paged_attention import tpu  # here, since a process on another platform need not load Pallas
 
     return tpu.paged_attention(case, q, k, v, pool, metadata, batch.num_tokens, sinks)

@@ -21,6 +21,7 @@ class ModelCase:
     page_size: int = 16
     dtype: str = "bfloat16"
     latent_dim: int | None = None
+    context: int = 1
 
 
 def _case(
@@ -54,4 +55,7 @@ CASES: tuple[ModelCase, ...] = (
     _case("DeepSeek V2 Lite (MLA)", 16, 1, 576, latent_dim=512, scale=0.1147),
     _case("DeepSeek V3 (MLA)", 128, 1, 576, latent_dim=512, scale=0.1352),
     _case("DeepSeek V3, one of 8 tensor shards", 16, 1, 576, latent_dim=512, scale=0.1352),
+    _case("Llama 3.1 8B, one of 4 context shards", 32, 8, 128, context=4),
+    _case("gpt-oss 20B, window, one of 2 context shards", 64, 8, 64, has_sinks=True, window=128, context=2),
+    _case("DeepSeek V3, one of 8 tensor, 4 context shards", 16, 1, 576, latent_dim=512, scale=0.1352, context=4),
 )

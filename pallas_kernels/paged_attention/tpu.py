@@ -13,6 +13,9 @@ queries can see with a running softmax (FlashAttention, arXiv:2205.14135), in fl
 - Queries, outputs and new keys keep the model's order [tokens, heads, lanes], in which any range of tokens can be
   copied; the kernel sorts them by head with strided loads of 32-bit rows.
 
+Where the devices of a mesh share the keys of a sequence, one by one (striped attention, arXiv:2311.09431), each runs
+the kernel over the keys it has, writes those of this step's that are its own, and gives its part of the softmax.
+
 Page tables are in scalar memory. Where a batch's tables do not fit there, the rows are served in groups, by one call
 each, which pass pool and output on in place.
 """
@@ -29,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.arguments import check
-from pallas_kernels.paged_attention.tpu_kernel import Kernel
+from pallas_kernels.paged_attention.tpu_kernel import MASKED, Kernel
 from pallas_kernels.paged_attention.tpu_layout import (
     LANES,
     WRITE_DEPTH,
@@ -55,7 +58,8 @@ class Rows:
     query_start [R + 2]     first token of each row
     kv_len [R + 1]          tokens of each sequence once this step's are written
     next_row [R + 1]        the first row with tokens at or after each; R where there is none
-    next_chunk [R + 1]      the same for rows of more than one token
+    next_chunk [R + 1]      the same for rows of more than one token, with some to write
+    place []                which of the devices that share the keys this one is; None where they do not
     """
 
     table: jax.Array
@@ -63,10 +67,22 @@ class Rows:
     kv_len: jax.Array
     next_row: jax.Array
     next_chunk: jax.Array
+    place: jax.Array | None = None
 
 
-def prepare(page_table: jax.Array, query_start: jax.Array, kv_len: jax.Array) -> tuple[Rows, ...]:
-    """What the kernel reads of a batch, the same for all layers: page_table [S, P], query_start [S + 1], kv_len [S]."""
+def prepare(
+    page_table: jax.Array,
+    query_start: jax.Array,
+    kv_len: jax.Array,
+    *,
+    context: int = 1,
+    place: jax.Array | None = None,
+) -> tuple[Rows, ...]:
+    """What the kernel reads of a batch, the same for all layers: page_table [S, P], query_start [S + 1], kv_len [S].
+
+    context: so many devices share the keys of a sequence; this one, at `place`, has those of positions place,
+    place + context, ... in its slots 0, 1, ...
+    """
     num_rows, width = page_table.shape
     if query_start.shape != (num_rows + 1,) or kv_len.shape != (num_rows,):
         raise ValueError(
@@ -83,17 +99,24 @@ def prepare(page_table: jax.Array, query_start: jax.Array, kv_len: jax.Array) ->
     for first in range(0, num_rows, per_call):
         count = min(per_call, num_rows - first)
         starts = lax.slice_in_dim(query_start, first, first + count + 1)
-        lengths = jnp.diff(starts)
+        lengths, ends = jnp.diff(starts), kv_len[first : first + count]
+        written = lengths if place is None else _slots(ends, context, place) - _slots(ends - lengths, context, place)
         groups.append(
             Rows(
                 table=page_table[first : first + count].reshape(-1),
                 query_start=jnp.concatenate([starts, starts[-1:]]),
-                kv_len=jnp.concatenate([kv_len[first : first + count], jnp.zeros(1, jnp.int32)]),
+                kv_len=jnp.concatenate([ends, jnp.zeros(1, jnp.int32)]),
                 next_row=_next(lengths > 0),
-                next_chunk=_next(lengths > 1),
+                next_chunk=_next((lengths > 1) & (written > 0)),
+                place=place,
             )
         )
     return tuple(groups)
+
+
+def _slots(length: jax.Array, context: int, place: jax.Array) -> jax.Array:
+    """How many of a sequence's first keys this device has."""
+    return (length + (context - 1) - place) // context
 
 
 def _next(wanted: jax.Array) -> jax.Array:
@@ -120,7 +143,7 @@ def paged_attention(
     *,
     blocks: Blocks | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, jax.Array]:
     """Write k and v into their pages, then let every query see its sequence's keys up to its own position.
 
     q [T, N, H]; k and v [T, K, H], or None when the pool holds this step's keys and values already; v is None in a case
@@ -128,10 +151,14 @@ def paged_attention(
     pool: of `pool_shape`, updated in place where the caller donated it. rows: of `prepare`.
     num_tokens int32 []: real tokens; sinks [N] when the case has them.
     blocks: other sizes than the chip's table gives. interpret: as of `pallas_call`.
-    Returns ([T, N, H or latent_dim] in q's dtype, zero for padding tokens; the pool).
+    Returns ([T, N, H or latent_dim] in q's dtype, zero for padding tokens; the pool). Of a case whose keys several
+    devices share the first is this device's part: what its keys mix, float32, and the log of their sum of exponentials,
+    float32 [T, N]; 0 and -inf for a query that saw no key here. The sinks are of place 0.
     """
-    layout = Layout.of(case)
+    layout, place = Layout.of(case), rows[0].place
     check("TPU", supports, pool_shape, case, q, k, v, pool, sinks)
+    if (case.context > 1) != (place is not None):
+        raise ValueError(f"context={case.context}, but rows with place={place}; prepare them for the same context")
     table_width = rows[0].table.shape[0] // (rows[0].query_start.shape[0] - 2)
     blocks = blocks or choose_blocks(case, q.shape[0], table_width, chip_name())
     padding = ((0, 0), (0, layout.heads - case.num_heads), (0, layout.key_lanes - case.head_dim))
@@ -141,6 +168,8 @@ def paged_attention(
         new = _side_by_side(case, layout, k.astype(pool.dtype), None if v is None else v.astype(pool.dtype))
     sink_rows = None
     if sinks is not None:
+        if place is not None:
+            sinks = jnp.where(place == 0, sinks, MASKED)
         sink_rows = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], (case.num_heads, LANES))
         sink_rows = jnp.pad(sink_rows, ((0, layout.heads - case.num_heads), (0, 0)))
     out = None
@@ -149,7 +178,10 @@ def paged_attention(
         out, pool = _call(case, blocks, queries, new, pool, out, group, num_tokens, sink_rows, last, interpret)
     assert out is not None
     first, size = layout.value_start - layout.value_first, case.latent_dim or case.head_dim
-    return out[:, : case.num_heads, first : first + size].astype(q.dtype), pool
+    mixed = out[:, : case.num_heads, first : first + size]
+    if case.context > 1:
+        return (mixed, out[:, : case.num_heads, layout.value_lanes]), pool
+    return mixed.astype(q.dtype), pool
 
 
 def _side_by_side(case: Case, layout: Layout, k: jax.Array, v: jax.Array | None) -> jax.Array:
@@ -177,7 +209,8 @@ def _call(
 ) -> tuple[jax.Array, jax.Array]:
     """One pallas_call, for some rows. out: of the calls before; fills: zero the padding tokens."""
     layout = Layout.of(case)
-    scalars = (rows.table, rows.query_start, rows.kv_len, rows.next_row, rows.next_chunk, num_tokens.reshape(1))
+    numbers = jnp.stack([num_tokens] if rows.place is None else [num_tokens, rows.place])
+    scalars = (rows.table, rows.query_start, rows.kv_len, rows.next_row, rows.next_chunk, numbers)
     in_memory = pl.BlockSpec(memory_space=pl.ANY)
     arrays: dict[str, jax.Array] = {"queries": queries, "pool_in": pool}
     if new is not None:
@@ -191,7 +224,7 @@ def _call(
     if out is not None:
         aliases[len(scalars) + names.index("out_in")] = 0
     scratch = _scratch(case, layout, blocks, writes=new is not None)
-    out_shape = (queries.shape[0], layout.heads, layout.value_lanes)
+    out_shape = (queries.shape[0], layout.heads, layout.out_lanes)
 
     def kernel(*refs: Any) -> None:
         scalar_refs, refs = refs[: len(scalars)], refs[len(scalars) :]
@@ -208,7 +241,7 @@ def _call(
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(out_shape, queries.dtype),
+            jax.ShapeDtypeStruct(out_shape, _out_dtype(case)),
             jax.ShapeDtypeStruct(pool.shape, pool.dtype),
         ],
         input_output_aliases=aliases,
@@ -228,11 +261,11 @@ def _scratch(case: Case, layout: Layout, blocks: Blocks, writes: bool) -> dict[s
         "pages_sem": pltpu.SemaphoreType.DMA((blocks.slots,)),
         "q": pltpu.VMEM((2, tile, layout.heads, layout.key_lanes), dtype),
         "q_sem": pltpu.SemaphoreType.DMA((2,)),
-        "o": pltpu.VMEM((2, tile, layout.heads, layout.value_lanes), dtype),
+        "o": pltpu.VMEM((2, tile, layout.heads, layout.out_lanes), _out_dtype(case)),
         "o_sem": pltpu.SemaphoreType.DMA((2,)),
         "o_tokens": pltpu.SMEM((2,), jnp.int32),
         "q_flat": _flat(flat, layout.key_lanes),
-        "o_flat": _flat(flat, layout.value_lanes),
+        "o_flat": _flat(flat, layout.out_lanes),
         "q_rows": pltpu.VMEM((heads, rows, layout.key_lanes), dtype),
         "most": pltpu.VMEM((heads, rows, LANES), jnp.float32),
         "weight": pltpu.VMEM((heads, rows, LANES), jnp.float32),
@@ -249,6 +282,10 @@ def _scratch(case: Case, layout: Layout, blocks: Blocks, writes: bool) -> dict[s
             "writing": pltpu.SMEM((WRITE_DEPTH,), jnp.int32),
         }
     return scratch
+
+
+def _out_dtype(case: Case) -> Any:
+    return jnp.dtype(case.dtype if case.context == 1 else jnp.float32)
 
 
 def _flat(rows: int, lanes: int) -> Any:
@@ -272,13 +309,13 @@ def _cost(
     pages = min(pool.shape[0], rows.table.shape[0])
     keys = pages * case.page_size
     if case.window is not None:
-        keys = min(keys, num_rows * (case.window + num_tokens // num_rows + case.page_size))
+        keys = min(keys, num_rows * ((case.window + num_tokens // num_rows) // case.context + case.page_size))
     pairs = keys * -(-num_tokens // num_rows) * case.num_heads
-    moved = keys * case.num_kv_heads * layout.width
-    moved += num_tokens * layout.heads * (layout.key_lanes + layout.value_lanes)
+    moved = keys * case.num_kv_heads * layout.width + num_tokens * layout.heads * layout.key_lanes
     moved += 0 if new is None else 2 * new.size
+    moved_out = num_tokens * layout.heads * layout.out_lanes * _out_dtype(case).itemsize
     return pl.CostEstimate(
         flops=2 * pairs * (layout.key_lanes + layout.value_lanes),
         transcendentals=pairs * (1 if case.soft_cap is None else 2),
-        bytes_accessed=moved * layout.itemsize,
+        bytes_accessed=moved * layout.itemsize + moved_out,
     )

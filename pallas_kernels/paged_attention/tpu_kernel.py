@@ -46,7 +46,7 @@ class Kernel:
         fills: bool,
     ) -> None:
         self.case, self.layout, self.blocks, self.refs, self.fills = case, layout, blocks, refs, fills
-        self.table, self.query_start, self.kv_len, self.next_row, self.next_chunk, self.real_tokens = scalars
+        self.table, self.query_start, self.kv_len, self.next_row, self.next_chunk, self.numbers = scalars
         self.out, self.pool, self.num_tokens = out, pool, num_tokens
         self.num_rows = self.kv_len.shape[0] - 1
         self.table_width = self.table.shape[0] // self.num_rows
@@ -55,6 +55,7 @@ class Kernel:
         self.dtype = jnp.dtype(case.dtype)
         self.block_keys = blocks.pages * case.page_size
         self.has_chunks = blocks.tile_tokens > 1
+        self.gives_parts = case.context > 1
 
     def run(self) -> None:
         for index in range(2):
@@ -73,13 +74,27 @@ class Kernel:
         if self.fills:
             self.zero_padding()
 
-    # Where things are.
+    # Where things are. Positions are those of the sequence; slots, pages and what is said of them are this device's. Of
+    # `context` devices the one at place c has position p in its slot (p - c) / context, where that is a whole number.
+
+    def place(self) -> Any:
+        return self.numbers[1] if self.gives_parts else 0
+
+    def num_slots(self, length: jax.Array) -> jax.Array:
+        """How many of a sequence's first `length` keys this device has."""
+        context = self.case.context
+        return lax.div(length + (context - 1) - self.place(), context) if self.gives_parts else length
+
+    def position(self, slot: jax.Array) -> jax.Array:
+        """The position of the key in a slot."""
+        return slot * self.case.context + self.place() if self.gives_parts else slot
 
     def page(self, row: jax.Array, logical: jax.Array) -> jax.Array:
         return self.table[row * self.table_width + lax.rem(logical, self.table_width)]
 
-    def tile(self, row: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Of the tile of queries at `first`: how many, the first one's and the last one's position, the oldest key."""
+    def tile(self, row: jax.Array, first: jax.Array) -> tuple[jax.Array, ...]:
+        """Of the tile of queries at `first`: how many, the first one's and the last one's position, and the slots that
+        some see: the oldest, and the end."""
         end = self.query_start[row + 1]
         count = jnp.minimum(end - first, self.blocks.tile_tokens)
         position = self.kv_len[row] - end + first
@@ -87,7 +102,11 @@ class Kernel:
         oldest = jnp.zeros_like(position)
         if self.case.window is not None:
             oldest = jnp.maximum(position - self.case.window + 1, 0)
-        return count, position, last, oldest
+        return count, position, last, self.num_slots(oldest), self.num_slots(last + 1)
+
+    def pages_end(self, row: jax.Array, first: jax.Array) -> jax.Array:
+        """The page past the last that a tile sees."""
+        return lax.div(self.tile(row, first)[4] + (self.case.page_size - 1), self.case.page_size)
 
     def first_page(self, row: jax.Array, first: jax.Array) -> jax.Array:
         return lax.div(self.tile(row, first)[3], self.case.page_size)
@@ -95,8 +114,7 @@ class Kernel:
     def block_pages(self, cursor: Cursor) -> jax.Array:
         """Pages of the block that hold visible keys."""
         row, first, page = cursor
-        last_page = lax.div(self.tile(row, first)[2], self.case.page_size)
-        return jnp.minimum(last_page - page + 1, self.blocks.pages)
+        return jnp.minimum(self.pages_end(row, first) - page, self.blocks.pages)
 
     def next_tile(self, row: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The next tile's row (num_rows where there is none) and first query."""
@@ -114,7 +132,7 @@ class Kernel:
         """The next block of a cursor whose row exists."""
         row, first, page = cursor
         after = page + self.blocks.pages
-        stays = after <= lax.div(self.tile(row, first)[2], self.case.page_size)
+        stays = after < self.pages_end(row, first)
         next_row, next_first = self.next_tile(row, first)
         next_row, next_first = jnp.where(stays, row, next_row), jnp.where(stays, first, next_first)
         return next_row, next_first, jnp.where(stays, after, self.first_page(next_row, next_first))
@@ -190,12 +208,12 @@ class Kernel:
 
     def zero_padding(self) -> None:
         """Padding tokens come out as zeros, whatever the memory held."""
-        first, tile = self.real_tokens[0], self.blocks.tile_tokens
+        first, tile = self.numbers[0], self.blocks.tile_tokens
         count = self.num_tokens - first
 
         @pl.when(count > 0)
         def _() -> None:
-            self.refs["o"][0] = jnp.zeros(self.refs["o"].shape[1:], self.dtype)
+            self.refs["o"][0] = jnp.zeros(self.refs["o"].shape[1:], self.refs["o"].dtype)
 
         def some(index: jax.Array, _: None) -> None:
             begin = first + index * tile
@@ -213,10 +231,10 @@ class Kernel:
 
         def start(row: jax.Array) -> tuple[jax.Array, jax.Array]:
             length, count = self.kv_len[row], self.query_start[row + 1] - self.query_start[row]
-            return row, lax.div(length - count, rows)
+            return row, lax.div(self.num_slots(length - count), rows)
 
         def advance(row: jax.Array, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-            stays = (tile + 1) * rows < self.kv_len[row]
+            stays = (tile + 1) * rows < self.num_slots(self.kv_len[row])
             next_row, next_tile = start(self.next_chunk[jnp.minimum(row + 1, self.num_rows)])
             return jnp.where(stays, row, next_row), jnp.where(stays, tile + 1, next_tile)
 
@@ -224,8 +242,9 @@ class Kernel:
             """The tile's first new slot, the number of them, and the token of the first."""
             begin, length = self.query_start[row], self.kv_len[row]
             old = length - (self.query_start[row + 1] - begin)
-            low = jnp.maximum(tile * rows, old)
-            return low - tile * rows, jnp.minimum(tile * rows + rows, length) - low, begin + low - old
+            low = jnp.maximum(tile * rows, self.num_slots(old))
+            count = jnp.minimum(tile * rows + rows, self.num_slots(length)) - low
+            return low - tile * rows, count, begin + self.position(low) - old
 
         def place(row: jax.Array, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
             page = self.page(row, lax.div(tile * rows, self.case.page_size))
@@ -236,10 +255,13 @@ class Kernel:
             buffer, sem = self.refs["fresh"].at[index], self.refs["fresh_sem"].at[index]
 
             def some(offset: Any, size: int) -> Any:
-                source = self.refs["new"].at[pl.ds(token + offset, size)]
+                source = self.refs["new"].at[pl.ds(token + offset * self.case.context, size)]
                 return pltpu.make_async_copy(source, buffer.at[pl.ds(slot + offset, size)], sem)
 
-            self.tokens(count, rows, some, wait=wait)
+            if self.gives_parts:  # the tokens in between are the other devices'
+                lax.fori_loop(0, count, lambda i, _: some(i, 1).wait() if wait else some(i, 1).start(), None)
+            else:
+                self.tokens(count, rows, some, wait=wait)
 
             @pl.when(count < rows)
             def _() -> None:
@@ -356,27 +378,27 @@ class Kernel:
     ) -> None:
         """One block of keys for one tile of queries. index: the buffer of the tile's queries and outputs."""
         row, first, page = cursor
-        count, position, last, oldest = self.tile(row, first)
+        count, position, last, oldest, slots_end = self.tile(row, first)
         offset = page * self.case.page_size
-        alive, end = oldest - offset, last + 1 - offset  # the block's keys that some query sees
+        alive, end = oldest - offset, slots_end - offset  # the block's keys that some query sees
 
         @pl.when(begins)
         def _() -> None:
             self.begin_tile(index, decode=decode)
 
         if decode and self.writes:
-            pl.when(ends)(functools.partial(self.write_decode, row, last, page, slot, index))
+            writes = ends & (self.position(slots_end - 1) == last) if self.gives_parts else ends
+            pl.when(writes)(functools.partial(self.write_decode, row, slots_end - 1, page, slot, index))
 
         # Every query sees every key, or some do not see some.
-        newest = offset + self.block_keys - 1
-        partial = newest > position
+        partial = self.position(offset + self.block_keys - 1) > position
         if self.case.window is not None:
-            partial |= offset <= last - self.case.window
+            partial |= self.position(offset) <= last - self.case.window
 
         @pl.when(partial)
         def _() -> None:
             pl.when((alive > 0) | (end < self.block_keys))(functools.partial(self.clean, slot, alive, end))
-            self.mix(slot, self.visible(position - offset, decode=decode), decode=decode)
+            self.mix(slot, self.visible(position - self.position(offset), decode=decode), decode=decode)
 
         @pl.when(jnp.logical_not(partial))
         def _() -> None:
@@ -433,11 +455,11 @@ class Kernel:
             else:
                 most[kv_head, pl.ds(member * tile, tile)] = jnp.broadcast_to(sink, (tile, LANES))
 
-    def write_decode(self, row: jax.Array, position: jax.Array, page: jax.Array, slot: jax.Array, index: Any) -> None:
+    def write_decode(self, row: jax.Array, newest: jax.Array, page: jax.Array, slot: jax.Array, index: Any) -> None:
         """Put a decode's key and value into the block at hand, and the tile around them back into the pool."""
         rows, pages = self.layout.rows, self.refs["pages"]
-        logical = lax.div(position, self.case.page_size)
-        within = lax.rem(position, self.case.page_size)
+        logical = lax.div(newest, self.case.page_size)
+        within = lax.rem(newest, self.case.page_size)
         first = pl.multiple_of(lax.div(within, rows) * rows, rows)
         self.finish_write(index)
         fresh = self.refs["fresh"][index, 0].astype(jnp.float32)
@@ -468,9 +490,10 @@ class Kernel:
         lax.fori_loop(0, self.blocks.pages, page, None)
 
     def visible(self, position: jax.Array, *, decode: bool) -> jax.Array:
-        """[1 or tile_tokens, keys]: which keys of a block each query sees; position: the first one's, in the block."""
+        """[1 or tile_tokens, keys]: which keys of a block each query sees; position: the first query's, counted from
+        that of the block's first key."""
         shape = (1 if decode else self.blocks.tile_tokens, self.block_keys)
-        keys = lax.broadcasted_iota(jnp.int32, shape, 1)
+        keys = self.case.context * lax.broadcasted_iota(jnp.int32, shape, 1)
         own = position + lax.broadcasted_iota(jnp.int32, shape, 0)
         seen = keys <= own
         if self.case.window is not None:
@@ -519,6 +542,8 @@ class Kernel:
         for kv_head in range(self.case.num_kv_heads):
             place = (kv_head, pl.ds(0, rows))
             out = self.refs["mixed"][place] / self.refs["weight"][place][:, :1]
+            if self.gives_parts:
+                out = self.part(out, self.refs["most"][place], self.refs["weight"][place])
             if decode:
                 # Rows past the group's are the next group's to overwrite.
                 _store(flat, pl.ds(kv_head * self.group, rows), out)
@@ -527,11 +552,18 @@ class Kernel:
                 own = out[member * tile : (member + 1) * tile]
                 _store(flat, pl.ds(kv_head * self.group + member, tile, stride=heads), own)
         if decode:
-            o[index, 0] = _load(flat, pl.ds(0, heads)).astype(self.dtype)
+            o[index, 0] = _load(flat, pl.ds(0, heads)).astype(o.dtype)
             return
 
         def some(i: jax.Array, _: None) -> None:
             tokens = _load(flat, pl.ds(pl.multiple_of(i * 8 * heads, 8), 8 * heads))
-            o[index, pl.ds(i * 8, 8)] = tokens.reshape(8, heads, -1).astype(self.dtype)
+            o[index, pl.ds(i * 8, 8)] = tokens.reshape(8, heads, -1).astype(o.dtype)
 
         lax.fori_loop(0, tile // 8, some, None)
+
+    def part(self, out: jax.Array, most: jax.Array, weight: jax.Array) -> jax.Array:
+        """What is mixed, and behind it a tile of lanes that all hold the log of the sum of exponentials; 0 and -inf
+        where a query saw no key of this device."""
+        seen = most > MASKED
+        lse = jnp.where(seen, most + jnp.log(weight), -jnp.inf)
+        return jnp.concatenate([jnp.where(seen[:, :1], out, 0.0), lse], axis=1)

@@ -49,6 +49,8 @@ class Case(Protocol):
     def has_sinks(self) -> bool: ...
     @property
     def latent_dim(self) -> int | None: ...
+    @property
+    def context(self) -> int: ...
 
 
 def supports(case: Case) -> str | None:
@@ -81,6 +83,7 @@ class Layout:
     width        lanes of one token and head, key and value; the key begins at lane 0, the value at value_start
     key_lanes    lanes from 0 that hold the key, up to the tile's end (queries are zero beyond the head dim)
     value_first, value_lanes  the tiles that hold the value
+    out_lanes    lanes of one token and head of what comes out: where devices share the keys, a tile more than a value
     heads, kv_heads           padded to whole tiles of 32-bit numbers
     group        query heads of a kv head, padded to whole tiles
     """
@@ -91,6 +94,7 @@ class Layout:
     value_start: int
     value_first: int
     value_lanes: int
+    out_lanes: int
     heads: int
     kv_heads: int
     group: int
@@ -115,6 +119,7 @@ class Layout:
             value_start=value_start,
             value_first=value_first,
             value_lanes=value_lanes,
+            out_lanes=value_lanes + (LANES if case.context > 1 else 0),
             heads=round_up(case.num_heads, SUBLANES),
             kv_heads=round_up(case.num_kv_heads, SUBLANES),
             group=round_up(case.num_heads // case.num_kv_heads, rows),
@@ -198,8 +203,9 @@ def _vmem_bytes(case: Case, blocks: Blocks) -> int:
     rows = max(layout.group, case.num_heads // case.num_kv_heads * blocks.tile_tokens)
     flat = blocks.tile_tokens * layout.heads
     pages = blocks.slots * blocks.pages * case.page_size * case.num_kv_heads * layout.width * layout.itemsize
-    in_and_out = 2 * flat * (layout.key_lanes + layout.value_lanes) * layout.itemsize
-    in_and_out += (flat + layout.group) * (layout.key_lanes + layout.value_lanes) * 4
+    out_bytes = layout.out_lanes * (layout.itemsize if case.context == 1 else 4)
+    in_and_out = 2 * flat * (layout.key_lanes * layout.itemsize + out_bytes)
+    in_and_out += (flat + layout.group) * (layout.key_lanes + layout.out_lanes) * 4
     state = case.num_kv_heads * rows * (layout.key_lanes * layout.itemsize + (layout.value_lanes + 2 * LANES) * 4)
     writing = WRITE_DEPTH * layout.rows * (case.num_kv_heads + layout.kv_heads) * layout.width * layout.itemsize
     writing += layout.rows * layout.kv_heads * layout.width * 4

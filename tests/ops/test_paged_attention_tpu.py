@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.ops.paged_attention import AttentionCase, choose_backend
+from pallas_kernels.merge_attention.reference import merge
 from pallas_kernels.paged_attention import tpu, tpu_layout
 from pallas_kernels.paged_attention.cases import CASES
 from pallas_kernels.paged_attention.tpu_layout import Blocks, Layout, choose_blocks
@@ -28,9 +29,10 @@ RAISES_ON_RACE = "on_race" in inspect.signature(pltpu.InterpretParams).parameter
 
 
 @functools.cache
-def attend(case: AttentionCase, blocks: Blocks | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    def run(q: Any, k: Any, v: Any, pool: Any, batch: Any, sinks: Any) -> tuple[jax.Array, jax.Array]:
-        rows = tpu.prepare(batch.page_tables[0], batch.query_start, batch.kv_len)
+def attend(case: AttentionCase, blocks: Blocks | None) -> Callable[..., tuple[Any, jax.Array]]:
+    def run(q: Any, k: Any, v: Any, pool: Any, batch: Any, sinks: Any, place: Any = None) -> tuple[Any, jax.Array]:
+        context = {"context": case.context, "place": place}
+        rows = tpu.prepare(batch.page_tables[0], batch.query_start, batch.kv_len, **context)
         return tpu.paged_attention(
             case, q, k, v, pool, rows, batch.num_tokens, sinks, blocks=blocks, interpret=INTERPRET
         )
@@ -77,6 +79,32 @@ def check(ragged: Ragged, blocks: Blocks | None) -> tuple[np.ndarray, jax.Array]
     return result, pool
 
 
+def check_parts(ragged: Ragged, blocks: Blocks | None) -> None:
+    """The same, of devices that share the keys: each one's part, -inf where it has no key, and all merged."""
+    case, context = ragged.case, ragged.case.context
+    sinks = None if ragged.sinks is None else jnp.asarray(ragged.sinks)
+    table, held = np.asarray(ragged.batch.page_tables[0]), np.array(ragged.pools)
+    positions = [cached + i for cached, new in ragged.lengths for i in range(new)]
+    for row, (cached, new) in enumerate(ragged.lengths):
+        for position in range(cached, cached + new):
+            ragged.kept(held, table, row, position)[...] = ragged.written(row, position)
+    parts = []
+    for place in range(context):
+        before = jnp.asarray(to_layout(case, ragged.pools[place]), case.dtype)
+        (mixed, lse), pool = attend(case, blocks)(*ragged.inputs(), before, ragged.batch, sinks, jnp.int32(place))
+        assert (mixed.dtype, lse.dtype) == (jnp.float32, jnp.float32)
+        np.testing.assert_array_equal(from_layout(case, pool), np.array(jnp.asarray(held[place], case.dtype), "f4"))
+        for token, position in enumerate(positions):
+            oldest = 0 if case.window is None else max(0, position - case.window + 1)
+            seen = any(p % context == place for p in range(oldest, position + 1)) or (case.has_sinks and place == 0)
+            assert bool(np.isfinite(lse[token]).all()) == seen
+            assert seen or (np.isneginf(lse[token]).all() and not mixed[token].any())
+        parts.append((mixed, lse))
+    out, _ = merge(*map(jnp.stack, zip(*parts, strict=True)))
+    expected, tolerance = ragged.expected(), 2e-5 if case.dtype == "float32" else 4e-2
+    np.testing.assert_allclose(np.asarray(out)[: len(expected)], expected, atol=tolerance, rtol=tolerance)
+
+
 # Case, blocks, T, S, table width, longest cached part. Few and small: interpreting is slow.
 KINDS = (
     (tpu_case(), Blocks(2, 3, 8, 1 << 24), 24, 5, 8, 40),
@@ -99,15 +127,37 @@ KINDS = (
 )
 
 
+# The same, of devices that share the keys: windows that they do not divide, or less than their number.
+STRIPED = (
+    (tpu_case(context=2, soft_cap=2.0), Blocks(2, 3, 8, 1 << 24), 24, 5, 8, 40),
+    (
+        tpu_case(num_heads=3, num_kv_heads=1, head_dim=64, window=7, has_sinks=True, context=3),
+        Blocks(1, 2, 8, 1 << 24),
+        16,
+        4,
+        5,
+        60,
+    ),
+    (
+        tpu_case(num_heads=3, num_kv_heads=3, dtype="bfloat16", page_size=16, window=3, context=4),
+        Blocks(2, 2, 8, 1 << 24),
+        16,
+        3,
+        4,
+        70,
+    ),
+)
+
+
 @st.composite
-def ragged_batches(draw: st.DrawFn) -> tuple[Ragged, Blocks]:
+def ragged_batches(draw: st.DrawFn, kinds: tuple[Any, ...] = KINDS) -> tuple[Ragged, Blocks]:
     """Any mixture of decodes and chunks that fits, rows without tokens among them."""
-    case, blocks, num_tokens, num_sequences, width, longest = draw(st.sampled_from(KINDS))
+    case, blocks, num_tokens, num_sequences, width, longest = draw(st.sampled_from(kinds))
     lengths, room = [], num_tokens
     for _ in range(draw(st.integers(0, num_sequences))):
         new = min(draw(st.sampled_from((1, 1, 1, 0, 2, 9, 12, 20))), room)
         room -= new
-        most = longest if case.window is not None else width * case.page_size - new
+        most = longest if case.window is not None else width * case.page_size * case.context - new
         lengths.append((draw(st.integers(0, most)) if new else 0, new))
     return Ragged(case, lengths, num_tokens, num_sequences, width, seed=draw(st.integers(0, 2**16))), blocks
 
@@ -117,6 +167,24 @@ def ragged_batches(draw: st.DrawFn) -> tuple[Ragged, Blocks]:
 @given(batch=ragged_batches())
 def test_matches_oracle_leaks_no_nan_and_races_nowhere(batch: tuple[Ragged, Blocks]) -> None:
     check(*batch)
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
+@given(batch=ragged_batches(STRIPED))
+def test_parts_of_devices_that_share_keys(batch: tuple[Ragged, Blocks]) -> None:
+    check_parts(*batch)
+
+
+def test_first_tokens_and_devices_without_keys() -> None:
+    case = tpu_case(num_heads=3, num_kv_heads=1, window=13, has_sinks=True, context=2)
+    check_parts(Ragged(case, [(0, 1), (33, 1), (0, 2)], 8, 4, 4), Blocks(1, 2, 8, 1 << 24))
+
+
+def test_rows_of_another_context_are_refused() -> None:
+    ragged = Ragged(tpu_case(context=2), [(9, 1)], 1, 2, 4)
+    with pytest.raises(ValueError, match=r"context=2, but rows with place=None; prepare them for the same context"):
+        attend(ragged.case, None)(*ragged.inputs(), jnp.zeros(tpu.pool_shape(ragged.case, 9)), ragged.batch, None)
 
 
 @pytest.mark.parametrize(

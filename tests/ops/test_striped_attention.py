@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.ops.paged_attention import BACKENDS, AttentionCase, attend, choose_backend
+from pallas_kernels.paged_attention import gpu_layout
 from tests.ops.ragged import Ragged, make_case
 
 BY_NAME = {backend.name: backend for backend in BACKENDS if backend.supports(make_case(context=2)) is None}
@@ -118,9 +119,8 @@ def test_reads_another_layers_keys(name: str) -> None:
     np.testing.assert_array_equal(after, pools)
 
 
-def test_kernels_that_give_no_parts_are_not_used() -> None:
-    case = make_case(context=2, head_dim=128, num_heads=8, page_size=16, platform="tpu")
-    chosen, refusals = choose_backend(case)
-    assert chosen.name == "xla"
-    assert refusals["pallas_tpu"] == "it gives no log-sum-exp, and the keys are spread over context=2 devices"
-    assert choose_backend(replace(case, context=1))[0].name == "pallas_tpu"
+def test_who_serves_shared_keys() -> None:
+    case = make_case(context=2, head_dim=128, num_heads=8, page_size=16, dtype="bfloat16", platform="tpu")
+    assert choose_backend(case)[0].name == "pallas_tpu"
+    reason = gpu_layout.supports(replace(case, platform="gpu"))
+    assert reason == "it gives no log-sum-exp, and the keys are spread over context=2 devices"
