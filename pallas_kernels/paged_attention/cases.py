@@ -21,6 +21,7 @@ class ModelCase:
     page_size: int = 16
     dtype: str = "bfloat16"
     latent_dim: int | None = None
+    kv_dtype: str | None = None
 
 
 def _case(
