@@ -20,6 +20,14 @@ from typing import Any, Literal
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Of the KV cache, and what it then holds; None: keys and values as they are computed.
+KV_CACHE_DTYPES = {
+    "auto": None,
+    "int8": "int8",
+    "float8_e4m3fn": "float8_e4m3fn",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+}
 PREFIX = "JAXINFER_"
 
 _UNITS = {"": 1, "B": 1}
@@ -41,6 +49,13 @@ def parse_bytes(value: int | str, name: str = "size") -> int:
     if size <= 0:
         raise ValueError(f"{name}={value!r} must be more than 0 bytes; write a size such as 2GiB")
     return size
+
+
+def parse_kv_cache_dtype(name: str) -> str | None:
+    """What the KV cache holds of keys and values: the name of a dtype of 8 bits, or None, as they are computed."""
+    if not isinstance(name, str) or name not in KV_CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype={name!r} is not supported; use one of {', '.join(KV_CACHE_DTYPES)}")
+    return KV_CACHE_DTYPES[name]
 
 
 def parse_bool(value: str) -> bool:
@@ -87,7 +102,10 @@ class EngineConfig:
     num_pages               pages in the KV cache; None derives them from memory
                             (these three of each shard, where the mesh splits requests: data, fsdp, expert, stage)
     kv_cache_memory         bytes for the KV cache of all devices, or text such as "2GiB"; not together with num_pages
-    page_size               tokens in a page, on each device of the mesh's axis context
+    page_size               tokens in a page, on each device of the mesh's axis context; None is 16, or 32 where the KV
+                            cache has 8 bits
+    kv_cache_dtype          of keys and values in the KV cache: "auto" is as they are computed; "int8" and
+                            "float8_e4m3fn" ("fp8") keep 8 bits, each token's of a head with a scale of its own
     enable_prefix_caching   share the pages of equal prompt beginnings
     seed                    from which requests without a seed get theirs
     attention_backend       name of the attention kernel; None takes the best that serves the model
@@ -103,6 +121,7 @@ class EngineConfig:
     num_pages: int | None = field(default_factory=_environment("num_pages", None, int))
     kv_cache_memory: int | str | None = field(default_factory=_environment("kv_cache_memory", None, str))
     page_size: int | None = field(default_factory=_environment("page_size", None, int))
+    kv_cache_dtype: str = field(default_factory=_environment("kv_cache_dtype", "auto", str))
     enable_prefix_caching: bool = field(default_factory=_environment("enable_prefix_caching", True, parse_bool))
     seed: int = field(default_factory=_environment("seed", 0, int))
     attention_backend: str | None = field(default_factory=_environment("attention_backend", None, str))
@@ -119,6 +138,7 @@ class EngineConfig:
             object.__setattr__(self, "dtype", "auto")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+        parse_kv_cache_dtype(self.kv_cache_dtype)
         if self.mesh is not None and not isinstance(self.mesh, str):
             raise ValueError(f"mesh={self.mesh!r} must be text such as 'tensor=4,data=2'")
         if self.mesh is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from jaxinfer.config import DTYPES, EngineConfig, default_model, parse_cache_dir
+from jaxinfer.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, default_model, parse_cache_dir
 
 if TYPE_CHECKING:
     from jaxinfer.distributed.group import Group
@@ -42,6 +42,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-pages", "N", "pages in the KV cache (default: from the free memory)", type=int)
     add("--kv-cache-memory", "SIZE", "memory for the KV cache, such as 2GiB; instead of --num-pages")
     add("--page-size", "N", "tokens in a page of the KV cache", type=int)
+    add(
+        "--kv-cache-dtype",
+        None,
+        "of keys and values in the KV cache; 8 bits each but for auto (default: auto, as they are computed)",
+        choices=tuple(KV_CACHE_DTYPES),
+    )
     add(
         "--enable-prefix-caching",
         None,

@@ -25,7 +25,7 @@ from jaxinfer.models.layout import check_layout, check_memory
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.registry import resolve as resolve_family
 from jaxinfer.models.stages import param_shardings
-from jaxinfer.plan import DEFAULT_PAGE_SIZE, resolve_dtype
+from jaxinfer.plan import resolve_dtype
 from jaxinfer.runner import functional
 from jaxinfer.runner.functional import KVCache
 from jaxinfer.sharding.mesh import make_mesh
@@ -67,16 +67,17 @@ class LoadedModel:
         max_len: int,
         *,
         max_prefill_len: int | None = None,
-        page_size: int = DEFAULT_PAGE_SIZE,
+        page_size: int | None = None,
+        kv_cache_dtype: str = "auto",
         attention_backend: str | None = None,
     ) -> KVCache:
         """An empty cache for `num_sequences` sequences of at most `max_len` tokens, laid out on the mesh.
 
         num_sequences: a multiple of the mesh's shards (data x fsdp x expert), which get equal parts. max_prefill_len:
         the most tokens that one `prefill` gives a sequence (None: max_len); layers with a window keep their window and
-        so many tokens, no more. page_size: tokens in a page, on each device of `context`. attention_backend: None takes
-        the best that serves the model. Pure: `jax.eval_shape` tells what a cache would take. ValueError for what this
-        model or mesh can not do.
+        so many tokens, no more. page_size: tokens in a page, on each device of `context`; None is 16, or 32 with a
+        kv_cache_dtype of 8 bits: int8 or float8_e4m3fn. attention_backend: None takes the best that serves the model.
+        Pure: `jax.eval_shape` tells what a cache would take. ValueError for what this model or mesh can not do.
         """
         self._check_one_program()
         return functional.make_cache(
@@ -86,6 +87,7 @@ class LoadedModel:
             max_len,
             max_prefill_len=max_prefill_len,
             page_size=page_size,
+            kv_cache_dtype=kv_cache_dtype,
             attention_backend=attention_backend,
         )
 

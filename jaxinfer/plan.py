@@ -8,12 +8,13 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer.cache.groups import KVGroup, group_of_layer, kv_groups
-from jaxinfer.config import EngineConfig
+from jaxinfer.config import EngineConfig, parse_kv_cache_dtype
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.stages import Stage, stages
 from jaxinfer.ops.paged_attention import AttentionCase, Backend, choose_backend
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 ACCELERATOR_FRACTION = 0.85
 HOST_FRACTION = 0.1
 DEFAULT_PAGE_SIZE = 16
+QUANTIZED_PAGE_SIZE = 32  # by default: as many bytes, and what kernels that read tiles of 8-bit numbers ask for
 
 
 @dataclass(frozen=True)
@@ -88,21 +90,22 @@ class Plan:
     @property
     def kv_cache_bytes(self) -> int:
         """Of all devices together."""
-        costs = _page_bytes(self.layers, len(self.groups), self.dtype)
+        costs = _page_bytes(self.layers, len(self.groups))
         num_devices = self.mesh.size // len(self.stages)  # that have a page of a layer
         return self.num_lanes * num_devices * sum(p * cost for p, cost in zip(self.num_pages, costs, strict=True))
 
     @property
     def page_bytes(self) -> list[int]:
         """Bytes of one page of each group, on one device: of all stages', the one where it takes the most."""
-        return _largest_page_bytes(self.layers, self.stages, len(self.groups), self.dtype)
+        return _largest_page_bytes(self.layers, self.stages, len(self.groups))
 
     def describe(self) -> str:
         """The plan in a few lines, for the log."""
         lines = [
             (
                 f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}, mesh {dict(self.mesh.shape)}, "
-                f"{self.dtype.name}, max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
+                f"{self.dtype.name}, keys and values {self.layers[0].case.kv_dtype or self.dtype.name}, "
+                f"max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
                 f"max_num_batched_tokens {self.max_num_batched_tokens}"
                 + ("" if self.num_shards == 1 else f", each of {self.num_shards} shards")
                 + ("" if self.num_lanes == 1 else f", each of {self.num_lanes} lanes")
@@ -144,14 +147,15 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
     _check_positions("max_model_len", max_model_len, model)
     max_num_seqs = config.max_num_seqs or (32 if on_cpu else 256)
     max_num_batched_tokens = max(config.max_num_batched_tokens or (512 if on_cpu else 2048), max_num_seqs)
-    page_size = config.page_size or DEFAULT_PAGE_SIZE
+    kv_dtype = parse_kv_cache_dtype(config.kv_cache_dtype)
+    page_size = config.page_size or default_page_size(kv_dtype)
     max_chunk = min(max_num_batched_tokens, max_model_len)
 
     groups = kv_groups(model)
     context = mesh.shape["context"]
     widths = tuple(group.table_width(max_model_len, max_chunk, context * page_size) for group in groups)
-    layers = _layer_plans(model, groups, page_size, dtype, mesh, config.attention_backend)
-    costs = _largest_page_bytes(layers, stages(model, mesh), len(groups), dtype)
+    layers = _layer_plans(model, groups, page_size, dtype, kv_dtype, mesh, config.attention_backend)
+    costs = _largest_page_bytes(layers, stages(model, mesh), len(groups))
     num_pages = _pool_sizes(config, groups, widths, costs, max_num_seqs, mesh)
     return Plan(
         model=model,
@@ -181,6 +185,7 @@ def resolve_fixed(
     max_model_len: int,
     max_chunk: int,
     page_size: int,
+    kv_dtype: str | None,
     attention_backend: str | None,
 ) -> Plan:
     """The plan of a batch that is never scheduled: every one of a shard's max_num_seqs sequences has all the pages it
@@ -200,12 +205,16 @@ def resolve_fixed(
         groups=groups,
         table_widths=widths,
         num_pages=tuple(max_num_seqs * width + 1 for width in widths),
-        layers=_layer_plans(model, groups, page_size, dtype, mesh, attention_backend),
+        layers=_layer_plans(model, groups, page_size, dtype, kv_dtype, mesh, attention_backend),
         token_buckets=(),
         sequence_buckets=(),
         enable_prefix_caching=False,
         seed=0,
     )
+
+
+def default_page_size(kv_dtype: str | None) -> int:
+    return DEFAULT_PAGE_SIZE if kv_dtype is None else QUANTIZED_PAGE_SIZE
 
 
 def _check_positions(name: str, max_len: int, model: ModelConfig) -> None:
@@ -229,7 +238,13 @@ def buckets(largest: int) -> tuple[int, ...]:
 
 
 def _layer_plans(
-    model: ModelConfig, groups: tuple[KVGroup, ...], page_size: int, dtype: np.dtype, mesh: Mesh, forced: str | None
+    model: ModelConfig,
+    groups: tuple[KVGroup, ...],
+    page_size: int,
+    dtype: np.dtype,
+    kv_dtype: str | None,
+    mesh: Mesh,
+    forced: str | None,
 ) -> tuple[LayerPlan, ...]:
     owners = sorted(layer for group in groups for layer in group.layers)
     tensor = mesh.shape["tensor"]
@@ -247,6 +262,7 @@ def _layer_plans(
             soft_cap=model.attention_softcap,
             scale=model.scale_of(layer),
             dtype=dtype.name,
+            kv_dtype=kv_dtype,
             has_sinks=model.attention_sinks,
             platform=mesh.devices.flat[0].platform,
         )
@@ -260,20 +276,20 @@ def _layer_plans(
     return tuple(plans)
 
 
-def _page_bytes(layers: tuple[LayerPlan, ...], num_groups: int, dtype: np.dtype) -> list[int]:
-    """Bytes of one page of each group, over the layers that own one, as their backends lay it out, padding included."""
+def _page_bytes(layers: tuple[LayerPlan, ...], num_groups: int) -> list[int]:
+    """Bytes of one page of each group, over the layers that own one, as their backends lay it out: with padding, and
+    the scales of quantized keys and values."""
     owners = {layer.pool: layer for layer in layers}
     costs = [0] * num_groups
     for layer in owners.values():
-        costs[layer.group] += math.prod(layer.backend.pool_shape(layer.case, 1)) * dtype.itemsize
+        arrays = jax.tree.leaves(layer.backend.abstract_pool(layer.case, 1))
+        costs[layer.group] += sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
     return costs
 
 
-def _largest_page_bytes(
-    layers: tuple[LayerPlan, ...], parts: tuple[Stage, ...], num_groups: int, dtype: np.dtype
-) -> list[int]:
+def _largest_page_bytes(layers: tuple[LayerPlan, ...], parts: tuple[Stage, ...], num_groups: int) -> list[int]:
     """Bytes of one page of each group, on a device of the stage where it takes the most."""
-    costs = [_page_bytes(layers[part.layers.start : part.layers.stop], num_groups, dtype) for part in parts]
+    costs = [_page_bytes(layers[part.layers.start : part.layers.stop], num_groups) for part in parts]
     return [max(own) for own in zip(*costs, strict=True)]
 
 

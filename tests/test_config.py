@@ -74,6 +74,11 @@ def test_mesh_is_checked_before_any_device_is_asked(mesh: str) -> None:
     [
         ({"model": " "}, "directory or a hub id"),
         ({"dtype": "int3"}, "auto, float32, bfloat16, float16"),
+        (
+            {"kv_cache_dtype": "int4"},
+            "'int4' is not supported; use one of auto, int8, float8_e4m3fn, fp8",
+        ),
+        ({"kv_cache_dtype": None}, "kv_cache_dtype=None is not supported"),
         ({"max_model_len": 0}, r"max_model_len=0 is out of range; use a value in \[1, "),
         ({"max_num_seqs": -1}, "max_num_seqs=-1"),
         ({"max_num_seqs": 2.0}, "must be a whole number; use 2"),

@@ -1,4 +1,4 @@
-"""The page pools on the device: one array per layer that owns keys and values."""
+"""The page pools on the device: one for each layer that owns keys and values."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ import jax
 if TYPE_CHECKING:
     from jaxinfer.plan import Plan
 
-# One array per owning layer, in layer order. Axis 0 is pages; the rest is the attention backend's own layout.
+# One per owning layer, in layer order: an array, or a QuantizedPool of two. Axis 0 is pages; the rest is the attention
+# backend's own layout.
 Pools = tuple[Any, ...]
 
 
 def abstract_pools(plan: Plan, sharding: jax.sharding.NamedSharding) -> Pools:
     """Shapes and dtypes of the pools of a plan: every device's own pages, one device's after another's."""
+
+    def on_all(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (sharding.mesh.size * leaf.shape[0], *leaf.shape[1:])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
     pools: dict[int, Any] = {}
     for layer in plan.layers:
-        num_pages, *page = layer.backend.pool_shape(layer.case, plan.num_pages[layer.group])
-        shape = (sharding.mesh.size * num_pages, *page)
-        pools.setdefault(layer.pool, jax.ShapeDtypeStruct(shape, plan.dtype, sharding=sharding))
+        own = layer.backend.abstract_pool(layer.case, plan.num_pages[layer.group])
+        pools.setdefault(layer.pool, jax.tree.map(on_all, own))
     return tuple(pools[index] for index in range(len(pools)))
 
 
@@ -50,4 +55,7 @@ def _give_back(address: int, num_bytes: int) -> None:
 
 def copy_pages(pools: Pools, group_of_pool: tuple[int, ...], sources: jax.Array, targets: jax.Array) -> Pools:
     """Copy page sources[g, i] to targets[g, i] in every pool of group g; pairs (0, 0) are padding."""
-    return tuple(pool.at[targets[g]].set(pool[sources[g]]) for pool, g in zip(pools, group_of_pool, strict=True))
+    return tuple(
+        jax.tree.map(lambda leaf, g=g: leaf.at[targets[g]].set(leaf[sources[g]]), pool)
+        for pool, g in zip(pools, group_of_pool, strict=True)
+    )

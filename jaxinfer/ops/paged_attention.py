@@ -56,7 +56,8 @@ class Backend:
     """One implementation.
 
     supports    None, or the reason why the backend cannot serve the case
-    pool_shape  shape of one layer's pool of keys and values: axis 0 is pages, the rest the backend's own layout
+    abstract_pool  one layer's pool of so many pages, as shapes and dtypes: an array, or a QuantizedPool of two, whose
+                axis 0 is pages and the rest the backend's own layout
     prepare     arrays derived from the batch and one KV group's table, once a step, for all layers of the case
     run         the attention of one layer
     only_asked  None, or why the backend is not chosen unless the user names it
@@ -64,7 +65,7 @@ class Backend:
 
     name: str
     supports: Callable[[AttentionCase], str | None] = field(repr=False)
-    pool_shape: Callable[[AttentionCase, int], tuple[int, ...]] = field(repr=False)
+    abstract_pool: Callable[[AttentionCase, int], Any] = field(repr=False)
     prepare: Callable[[AttentionCase, RaggedBatch, int], Any] = field(repr=False)
     run: Run = field(repr=False)
     only_asked: str | None = field(default=None, repr=False)
@@ -97,7 +98,7 @@ def attend(
 
 
 def _backend(name: str, module: Any, only_asked: str | None = None) -> Backend:
-    return Backend(name, module.supports, module.pool_shape, module.prepare, module.run, only_asked)
+    return Backend(name, module.supports, module.abstract_pool, module.prepare, module.run, only_asked)
 
 
 # Best first; "xla" serves every case, so the search always ends.

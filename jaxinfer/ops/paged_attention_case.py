@@ -8,11 +8,13 @@ has as much to do for any stretch of queries, and the arithmetic is `newest_slot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from jaxinfer.sharding.spmd import CONTEXT
+from pallas_kernels.paged_attention.quantized import QuantizedPool
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class AttentionCase:
 
     window: a query at i sees keys j with i - window < j <= i; None: all j <= i.
     soft_cap: logits become soft_cap * tanh(logits / soft_cap).
-    dtype: name of the dtype of keys and values in the pool.
+    dtype: name of the dtype of queries, keys and values, and what the pool holds where there is no kv_dtype.
+    kv_dtype: "int8" or "float8_e4m3fn": the pool is a QuantizedPool, keys and values of so many bits, each of a token
+    and head with a float32 scale of its own, which whoever writes it computes. None: keys and values as they are.
     has_sinks: every head has one more logit in its softmax, which mixes in nothing.
     platform: "cpu", "gpu" or "tpu".
     latent_dim: the first so many numbers of a key are its value (multi-head latent attention, arXiv:2405.04434, with
@@ -44,6 +48,7 @@ class AttentionCase:
     platform: str
     latent_dim: int | None = None
     context: int = 1
+    kv_dtype: str | None = None
 
     @property
     def group_size(self) -> int:
@@ -68,6 +73,16 @@ class RaggedBatch(Protocol):
     def num_tokens(self) -> jax.Array: ...
     @property
     def num_sequences(self) -> jax.Array: ...
+
+
+def pool_arrays(case: AttentionCase, shape: tuple[int, ...], scales_shape: tuple[int, ...] | None) -> Any:
+    """Shapes and dtypes of a pool. scales_shape: None where the backend serves no quantized case."""
+    if case.kv_dtype is None:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype))
+    assert scales_shape is not None
+    return QuantizedPool(
+        jax.ShapeDtypeStruct(shape, jnp.dtype(case.kv_dtype)), jax.ShapeDtypeStruct(scales_shape, jnp.float32)
+    )
 
 
 def newest_slot(case: AttentionCase, position: jax.Array) -> jax.Array:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
+from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch, pool_arrays
 from pallas_kernels.paged_attention import gpu_layout
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def _capability() -> str:
     return getattr(device, "compute_capability", None) or f"unknown ({device.device_kind})"
 
 
-def pool_shape(case: AttentionCase, num_pages: int) -> tuple[int, ...]:
-    return gpu_layout.pool_shape(case, num_pages)
+def abstract_pool(case: AttentionCase, num_pages: int) -> Any:
+    return pool_arrays(case, gpu_layout.pool_shape(case, num_pages), None)
 
 
 def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> tuple[jax.Array, tuple[Tiles, ...]]:

@@ -7,17 +7,18 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
+from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch, pool_arrays
 from jaxinfer.sharding.spmd import CONTEXT
-from pallas_kernels.paged_attention.reference import paged_attention_part
+from pallas_kernels.paged_attention.reference import Pool, paged_attention_part
 
 
 def supports(case: AttentionCase) -> str | None:
     return None
 
 
-def pool_shape(case: AttentionCase, num_pages: int) -> tuple[int, ...]:
-    return (num_pages, 2 if case.latent_dim is None else 1, case.num_kv_heads, case.page_size, case.head_dim)
+def abstract_pool(case: AttentionCase, num_pages: int) -> Any:
+    slots = (num_pages, 2 if case.latent_dim is None else 1, case.num_kv_heads, case.page_size)
+    return pool_arrays(case, (*slots, case.head_dim), slots)
 
 
 def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> None:
@@ -29,12 +30,12 @@ def run(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    pool: jax.Array,
+    pool: Pool,
     batch: RaggedBatch,
     group: int,
     metadata: None,
     sinks: jax.Array | None = None,
-) -> tuple[Any, jax.Array]:
+) -> tuple[Any, Pool]:
     out, lse, pool = paged_attention_part(
         q,
         k,

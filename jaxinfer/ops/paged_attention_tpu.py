@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax import lax
 
-from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
+from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch, pool_arrays
 from jaxinfer.sharding.spmd import CONTEXT
 from pallas_kernels.paged_attention import tpu_layout
 
@@ -21,8 +21,8 @@ def supports(case: AttentionCase) -> str | None:
     return tpu_layout.supports(case)
 
 
-def pool_shape(case: AttentionCase, num_pages: int) -> tuple[int, ...]:
-    return tpu_layout.pool_shape(case, num_pages)
+def abstract_pool(case: AttentionCase, num_pages: int) -> Any:
+    return pool_arrays(case, tpu_layout.pool_shape(case, num_pages), None)
 
 
 def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> tuple[Rows, ...]:

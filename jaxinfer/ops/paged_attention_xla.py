@@ -23,8 +23,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.ops.matmul import uses_eigen
-from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch, is_here, newest_slot, num_slots
+from jaxinfer.ops.paged_attention_case import (
+    AttentionCase,
+    RaggedBatch,
+    is_here,
+    newest_slot,
+    num_slots,
+    pool_arrays,
+)
 from jaxinfer.sharding.spmd import CONTEXT
+from pallas_kernels.paged_attention.quantized import QuantizedPool, quantize, value_scales
 
 _MASKED = -1e30  # finite, so that a fully masked tile yields numbers, which the merge then wipes out
 _DECODE_KEYS = 64  # keys per decode tile, when pages are not larger
@@ -60,7 +68,9 @@ class Metadata:
     prefill_tiles: jax.Array
 
 
+Pool = jax.Array | QuantizedPool
 State = tuple[jax.Array, jax.Array, jax.Array]  # running max, sum of weights, weighted values
+Scales = tuple[jax.Array, jax.Array] | None  # of a tile's keys and of its values, [tiles, K, block]; None: all are 1
 Parts = tuple[jax.Array, ...]  # mixed values [rows, N, H], and [rows, N, 1] the log of the sum of weights if asked for
 
 
@@ -68,8 +78,9 @@ def supports(case: AttentionCase) -> str | None:
     return None
 
 
-def pool_shape(case: AttentionCase, num_pages: int) -> tuple[int, ...]:
-    return (num_pages, _kinds(case), case.num_kv_heads, case.page_size, case.head_dim)
+def abstract_pool(case: AttentionCase, num_pages: int) -> Any:
+    slots = (num_pages, _kinds(case), case.num_kv_heads, case.page_size)
+    return pool_arrays(case, (*slots, case.head_dim), slots)
 
 
 def _kinds(case: AttentionCase) -> int:
@@ -103,18 +114,18 @@ def run(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    pool: jax.Array,
+    pool: Pool,
     batch: RaggedBatch,
     group: int,
     metadata: Metadata,
     sinks: jax.Array | None = None,
-) -> tuple[Any, jax.Array]:
+) -> tuple[Any, Pool]:
     if k is not None:
         new = jnp.stack([k] if v is None else [k, v], axis=1)
-        pool = _write(case, new.astype(pool.dtype), pool, batch, metadata)
+        pool = _write(case, new, pool, batch, metadata)
     table = batch.page_tables[group]
     num_rows = min(table.shape[0], q.shape[0])
-    scaled = (q * case.scale).astype(pool.dtype)
+    scaled = (q * case.scale).astype(case.dtype)
     start = (jnp.full(case.num_heads, _MASKED), jnp.zeros(case.num_heads))
     if case.has_sinks:
         assert sinks is not None
@@ -179,32 +190,61 @@ def _unhoisted(case: AttentionCase, values: jax.Array) -> jax.Array:
     return lax.sort(values) if case.platform == "cpu" else values
 
 
-def _write(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBatch, metadata: Metadata) -> jax.Array:
+def _write(case: AttentionCase, kv: jax.Array, pool: Pool, batch: RaggedBatch, metadata: Metadata) -> Pool:
     """Put kv [T, kinds, K, H] into the pool."""
+    if not isinstance(pool, QuantizedPool):
+        return _put(case, kv.astype(pool.dtype), pool, batch, metadata)
+    data, scales = quantize(kv, pool.data.dtype.name)
+    return QuantizedPool(
+        _put(case, data, pool.data, batch, metadata),
+        _put(case, scales, pool.scales, batch, metadata),
+    )
+
+
+def _put(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBatch, metadata: Metadata) -> jax.Array:
+    """kv [T, kinds, K, ...] into [pages, kinds, K, B, ...]: vectors, or their scales."""
+    vector = kv.shape[3:]
     if case.platform != "cpu":  # by rows of one head: to write a token's heads at once, XLA would turn the pool around
         first = metadata.write_page[:, None] * (kv.shape[1] * case.num_kv_heads) * case.page_size
         heads = jnp.arange(kv.shape[1] * case.num_kv_heads) * case.page_size
         row = first + heads + metadata.write_offset[:, None]
-        rows = pool.reshape(-1, case.head_dim).at[row.reshape(-1)].set(kv.reshape(-1, case.head_dim))
+        rows = pool.reshape(-1, *vector).at[row.reshape(-1)].set(kv.reshape(-1, *vector))
         return rows.reshape(pool.shape)
 
     def write_token(token: jax.Array, pool: jax.Array) -> jax.Array:
-        entry = lax.dynamic_slice(kv, (token, 0, 0, 0), (1, *kv.shape[1:]))
-        where = (metadata.write_page[token], 0, 0, metadata.write_offset[token], 0)
+        entry = lax.dynamic_slice(kv, (token, *(0 for _ in kv.shape[1:])), (1, *kv.shape[1:]))
+        where = (metadata.write_page[token], 0, 0, metadata.write_offset[token], *(0 for _ in vector))
         return lax.dynamic_update_slice(pool, entry[:, :, :, None], where)
 
     return lax.fori_loop(0, batch.num_tokens, write_token, pool)
 
 
 def _keys_and_values(
-    case: AttentionCase, pool: jax.Array, pages: jax.Array, alive: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+    case: AttentionCase, pool: Pool, pages: jax.Array, alive: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, Scales]:
     """Of tiles: pages [tiles, n] -> two [tiles, K, n * B, H]. Keys that begin with their values are mixed whole: to cut
     off what comes out costs nothing, to cut what goes into a product costs a copy."""
+    data, scales = pool, None
+    if isinstance(pool, QuantizedPool):
+        data, values_at = pool.data, _kinds(case) - 1
+        scales = _gather_scales(case, pool, pages, 0), value_scales(_gather_scales(case, pool, pages, values_at))
     if case.latent_dim is not None:
-        both = _gather(case, pool, pages, 0, alive)
-        return both, both
-    return _gather(case, pool, pages, 0, None), _gather(case, pool, pages, 1, alive)
+        both = _gather(case, data, pages, 0, alive)
+        return both, both, scales
+    return _gather(case, data, pages, 0, None), _gather(case, data, pages, 1, alive), scales
+
+
+def _page_heads(case: AttentionCase, pages: jax.Array, which: int) -> jax.Array:
+    """Where keys (which 0) or values (1) of pages [tiles, n] are among all (page, kind, head): [tiles, K, n]."""
+    heads = jnp.arange(case.num_kv_heads)
+    return pages[:, None] * (_kinds(case) * case.num_kv_heads) + which * case.num_kv_heads + heads[:, None]
+
+
+def _gather_scales(case: AttentionCase, pool: QuantizedPool, pages: jax.Array, which: int) -> jax.Array:
+    """pages [tiles, n] -> [tiles, K, n * B]"""
+    index = _page_heads(case, pages, which)
+    scales = pool.scales.reshape(-1, case.page_size).at[index.reshape(-1)].get(mode="promise_in_bounds")
+    return scales.reshape(*index.shape[:2], -1)
 
 
 def _gather(
@@ -216,10 +256,10 @@ def _gather(
     them. Keys need none: their logits are masked.
     """
     num_tiles, pages_per_tile = pages.shape
-    page_size, heads = case.page_size, jnp.arange(case.num_kv_heads)
+    page_size = case.page_size
     # A TPU keeps the last two axes in tiles, so there they must stay apart; a CPU copies one long axis with vectors.
     shape = (page_size, case.head_dim) if case.platform == "tpu" else (page_size * case.head_dim,)
-    index = pages[:, None] * (_kinds(case) * case.num_kv_heads) + which * case.num_kv_heads + heads[:, None]
+    index = _page_heads(case, pages, which)
     rows = pool.reshape(-1, *shape).at[index.reshape(-1)].get(mode="promise_in_bounds")
     if alive is not None:
         before = jnp.arange(pages_per_tile) * page_size
@@ -227,25 +267,32 @@ def _gather(
         first, end = (limit.reshape(-1, *(1 for _ in shape)) for limit in limits)
         slot = (jnp.arange(page_size * case.head_dim) // case.head_dim).reshape(shape)
         rows = jnp.where((slot >= first) & (slot < end), rows, 0)
+    rows = rows.astype(case.dtype)
     if num_tiles > 1:
         rows = lax.optimization_barrier(rows)
     return rows.reshape(num_tiles, case.num_kv_heads, pages_per_tile * page_size, case.head_dim)
 
 
-def _logits(case: AttentionCase, q: jax.Array, keys: jax.Array, seen: jax.Array, by_vectors: bool) -> jax.Array:
+def _logits(
+    case: AttentionCase, q: jax.Array, keys: jax.Array, scales: Scales, seen: jax.Array, by_vectors: bool
+) -> jax.Array:
     """q [tiles, K, Q, H], keys [tiles, K, block, H], seen [tiles, Q or 1, block] -> [tiles, K, Q, block] float32."""
     if by_vectors:
         heads = [jnp.einsum("gkh,gkbh->gkb", q[:, :, i], keys) for i in range(q.shape[2])]
         logits = jnp.stack(heads, axis=2).astype(jnp.float32)
     else:
         logits = jnp.einsum("gkqh,gkbh->gkqb", q, keys, preferred_element_type=jnp.float32)
+    if scales is not None:
+        logits *= scales[0][:, :, None]
     if case.soft_cap is not None:
         logits = case.soft_cap * jnp.tanh(logits / case.soft_cap)
     return jnp.where(seen[:, None], logits, _MASKED)
 
 
-def _mix(weights: jax.Array, values: jax.Array, by_vectors: bool) -> jax.Array:
+def _mix(weights: jax.Array, values: jax.Array, scales: Scales, by_vectors: bool) -> jax.Array:
     """weights [tiles, K, Q, block], values [tiles, K, block, H] -> [tiles, K, Q, H] float32."""
+    if scales is not None:
+        weights *= scales[1][:, :, None]
     weights = weights.astype(values.dtype)
     if by_vectors:
         heads = [jnp.einsum("gkb,gkbh->gkh", weights[:, :, i], values) for i in range(weights.shape[2])]
@@ -304,7 +351,7 @@ def _decode_tiles(
 def _decode(
     case: AttentionCase,
     q: jax.Array,
-    pool: jax.Array,
+    pool: Pool,
     metadata: Metadata,
     start: tuple[jax.Array, jax.Array],
     vectors: bool,
@@ -324,12 +371,12 @@ def _decode(
         if at_once > 1:
             row = _unhoisted(case, row)
         seen = (slot >= first[:, None]) & (slot < end[:, None])
-        keys, values = _keys_and_values(case, pool, pages, (first, end))
-        logits = _logits(case, grouped[row], keys, seen[:, None], vectors)
+        keys, values, scales = _keys_and_values(case, pool, pages, (first, end))
+        logits = _logits(case, grouped[row], keys, scales, seen[:, None], vectors)
         tile_max = logits.max(-1)
         weights = jnp.exp(logits - tile_max[..., None])
         tile_sum = weights.sum(-1).reshape(at_once, num_heads)
-        mixed = _mix(weights, values, vectors)
+        mixed = _mix(weights, values, scales, vectors)
         mixed, tile_max = mixed.reshape(at_once, num_heads, head_dim), tile_max.reshape(at_once, num_heads)
 
         first_row = jnp.minimum(row[0], num_rows - touched)
@@ -358,7 +405,7 @@ def _decode(
 def _prefill(
     case: AttentionCase,
     q: jax.Array,
-    pool: jax.Array,
+    pool: Pool,
     table: jax.Array,
     batch: RaggedBatch,
     metadata: Metadata,
@@ -398,12 +445,12 @@ def _prefill(
                 seen &= slot > newest_slot(case, position - case.window)[:, None]
             seen = jnp.tile(seen, (group_size, 1))[None]
             alive = (jnp.reshape(oldest - j * block, 1), jnp.reshape(num_slots(case, length) - j * block, 1))
-            keys, values = _keys_and_values(case, pool, pages, alive)
-            logits = _logits(case, queries, keys, seen, vectors)
+            keys, values, scales = _keys_and_values(case, pool, pages, alive)
+            logits = _logits(case, queries, keys, scales, seen, vectors)
             new_max = jnp.maximum(old_max, logits.max(-1))
             weights = jnp.exp(logits - new_max[..., None])
             keep = jnp.exp(old_max - new_max)
-            mixed = _mix(weights, values, vectors)
+            mixed = _mix(weights, values, scales, vectors)
             return new_max, old_sum * keep + weights.sum(-1), old_mixed * keep[..., None] + mixed
 
         newest = newest_slot(case, length - end + own_end - 1)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.cache.pool import Pools, abstract_pools
+from jaxinfer.config import parse_kv_cache_dtype
 from jaxinfer.models.model import Model, Params
-from jaxinfer.plan import Plan, resolve_fixed
+from jaxinfer.plan import Plan, default_page_size, resolve_fixed
 from jaxinfer.runner import step
 from jaxinfer.runner.batch import BatchLayout
 from jaxinfer.runner.segments import Segment, attention_kinds
@@ -29,7 +30,7 @@ from jaxinfer.sharding.spmd import PER_DEVICE, PER_SHARD, SHARDS, each_device, n
 class KVCache:
     """Keys and values of S sequences, and how many tokens each has: a pytree of arrays.
 
-    pools    one array per layer that keeps keys and values: pages, cut over all devices
+    pools    one per layer that keeps keys and values, an array or a QuantizedPool: pages, cut over all devices
     lengths  int32 [S]; it may be lowered, to begin anew (0) or to forget the newest tokens (max_prefill_len at most)
 
     The rest is static; see LoadedModel.make_cache.
@@ -40,6 +41,7 @@ class KVCache:
     max_len: int = field(metadata={"static": True})
     max_prefill_len: int = field(metadata={"static": True})
     page_size: int = field(metadata={"static": True})
+    kv_dtype: str | None = field(metadata={"static": True})
     attention_backend: str | None = field(metadata={"static": True})
 
 
@@ -50,10 +52,13 @@ def make_cache(
     max_len: int,
     *,
     max_prefill_len: int | None,
-    page_size: int,
+    page_size: int | None,
+    kv_cache_dtype: str,
     attention_backend: str | None,
 ) -> KVCache:
     """An empty cache on the mesh; LoadedModel.make_cache says what it is asked for."""
+    kv_dtype = parse_kv_cache_dtype(kv_cache_dtype)
+    page_size = default_page_size(kv_dtype) if page_size is None else page_size
     max_prefill_len = max_len if max_prefill_len is None else max_prefill_len
     sizes = {
         "num_sequences": num_sequences,
@@ -71,7 +76,7 @@ def make_cache(
             f"(data x fsdp x expert); use {-(-num_sequences // shards) * shards}"
         )
     lengths: Any = jax.ShapeDtypeStruct((num_sequences,), jnp.int32)
-    empty = KVCache((), lengths, max_len, min(max_prefill_len, max_len), page_size, attention_backend)
+    empty = KVCache((), lengths, max_len, min(max_prefill_len, max_len), page_size, kv_dtype, attention_backend)
     pools = abstract_pools(_plan(model, mesh, empty), NamedSharding(mesh, PER_DEVICE))
     abstract = replace(empty, pools=pools)
 
@@ -124,6 +129,7 @@ def _plan(model: Model, mesh: Mesh, cache: KVCache) -> Plan:
         max_model_len=cache.max_len,
         max_chunk=cache.max_prefill_len,
         page_size=cache.page_size,
+        kv_dtype=cache.kv_dtype,
         attention_backend=cache.attention_backend,
     )
 

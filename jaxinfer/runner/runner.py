@@ -111,7 +111,7 @@ class _Lane:
     """What the devices keep for one lane: page pools, each on its layers' stage, and the last stage's sampler state."""
 
     planner: StepPlanner
-    pools: list[jax.Array]
+    pools: list[Any]
     state: SamplerState
 
 
@@ -216,7 +216,7 @@ class Runner:
         ]
 
     def _new_lane(self, lane: int) -> _Lane:
-        pools: list[jax.Array] = []
+        pools: list[Any] = []
         for programs in self._programs:
             make = programs.zeros
             pools += empty_pools(tuple(programs.pools.values()), lambda leaf, make=make: make("pool", leaf)())

@@ -108,7 +108,7 @@ class StepPrograms:
         def lower() -> jax.stages.Lowered:
             return jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, leaves)).lower()
 
-        return self._programs.get((name, *(leaf.shape for leaf in jax.tree.leaves(leaves))), lower)
+        return self._programs.get((name, *((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(leaves))), lower)
 
     def begin(self, layout: BatchLayout) -> Any:
         """(ends, last tokens, buffers) -> Stream, prepared."""

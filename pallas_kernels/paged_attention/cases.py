@@ -22,6 +22,7 @@ class ModelCase:
     dtype: str = "bfloat16"
     latent_dim: int | None = None
     context: int = 1
+    kv_dtype: str | None = None
 
 
 def _case(

@@ -33,6 +33,8 @@ def supports(case: Case) -> str | None:
         return f"dtype {case.dtype} is not one of {', '.join(DTYPES)}"
     if case.context > 1:
         return f"it gives no log-sum-exp, and the keys are spread over context={case.context} devices"
+    if case.kv_dtype is not None:
+        return f"it reads no keys and values of {case.kv_dtype}"
     if case.latent_dim is not None:
         return "keys that begin with their values (latent attention) need a kernel of their own, which there is not"
     if case.num_kv_heads < 1 or case.num_heads % case.num_kv_heads:

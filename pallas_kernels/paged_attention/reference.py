@@ -5,12 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.paged_attention.quantized import QuantizedPool, quantize
+
+Pool = jax.Array | QuantizedPool
+
 
 def paged_attention(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    pool: jax.Array,
+    pool: Pool,
     page_table: jax.Array,
     query_start: jax.Array,
     kv_len: jax.Array,
@@ -20,12 +24,13 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     latent_dim: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pool]:
     """Write k and v into their pages, then let every query see its sequence's keys up to its own position.
 
     q            [T, N, H]; tokens query_start[s] to query_start[s + 1] are row s's, the newest of its kv_len[s]
     k, v         [T, K, H], or None when the pool holds this step's keys and values already
-    pool         [pages, 2, K, B, H], keys at [:, 0] and values at [:, 1]; page 0 takes the writes of padding tokens
+    pool         [pages, 2, K, B, H], keys at [:, 0] and values at [:, 1]; page 0 takes the writes of padding tokens.
+                 Quantized: data so, and scales [pages, 2, K, B]
     page_table   int32 [S, P]; logical page j of row s is page_table[s, j % P], so a window's table may be a ring
     query_start  int32 [S + 1]; kv_len int32 [S]
     window       a query at i sees keys j with i - window < j <= i; None: all j <= i
@@ -47,7 +52,7 @@ def paged_attention_part(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    pool: jax.Array,
+    pool: Pool,
     page_table: jax.Array,
     query_start: jax.Array,
     kv_len: jax.Array,
@@ -59,7 +64,7 @@ def paged_attention_part(
     latent_dim: int | None = None,
     context: int = 1,
     place: jax.Array | int = 0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Pool]:
     """The part of the same attention that is over the keys of positions place, place + context, place + 2 context, ...
 
     They are all that the pool holds and is given: the n-th is in slot n of its sequence. The sinks are of place 0.
@@ -68,7 +73,7 @@ def paged_attention_part(
     """
     num_tokens, num_heads, head_dim = q.shape
     num_sequences, table_width = page_table.shape
-    _, _, num_kv_heads, page_size, _ = pool.shape
+    _, _, num_kv_heads, page_size, _ = (pool.data if isinstance(pool, QuantizedPool) else pool).shape
     tokens = jnp.arange(num_tokens)
     real = tokens < query_start[-1]
     row = jnp.minimum(jnp.searchsorted(query_start[1:], tokens, side="right"), num_sequences - 1)
@@ -79,7 +84,12 @@ def paged_attention_part(
         slot = position // context
         page = page_table[row, slot // page_size % table_width]
         page = jnp.where(real & (position % context == place), page, 0)
-        pool = pool.at[page, :, :, slot % page_size].set(new.astype(pool.dtype))
+        where = page, slice(None), slice(None), slot % page_size
+        if isinstance(pool, QuantizedPool):
+            data, scales = quantize(new, pool.data.dtype.name)
+            pool = QuantizedPool(pool.data.at[where].set(data), pool.scales.at[where].set(scales))
+        else:
+            pool = pool.at[where].set(new.astype(pool.dtype))
 
     # Each slot of a table holds the newest position that falls on it, which is past the end only in the last page.
     column = jnp.arange(table_width)
@@ -88,7 +98,11 @@ def paged_attention_part(
     key_slot = (logical_page[:, :, None] * page_size + jnp.arange(page_size)).reshape(num_sequences, -1)
     key_position = key_slot * context + place
     written = (key_slot >= 0) & (key_position < kv_len[:, None])
-    gathered = pool[page_table].astype(jnp.float32).transpose(0, 2, 3, 1, 4, 5)  # [S, 1 or 2, K, P, B, H]
+    if isinstance(pool, QuantizedPool):
+        gathered = pool.data[page_table].astype(jnp.float32) * pool.scales[page_table][..., None]
+    else:
+        gathered = pool[page_table].astype(jnp.float32)
+    gathered = gathered.transpose(0, 2, 3, 1, 4, 5)  # [S, 1 or 2, K, P, B, H]
     gathered = gathered.reshape(num_sequences, -1, num_kv_heads, table_width * page_size, head_dim)
     keys, values = gathered[row, 0], gathered[row, -1, ..., :latent_dim]
 

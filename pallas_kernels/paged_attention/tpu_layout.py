@@ -51,12 +51,16 @@ class Case(Protocol):
     def latent_dim(self) -> int | None: ...
     @property
     def context(self) -> int: ...
+    @property
+    def kv_dtype(self) -> str | None: ...
 
 
 def supports(case: Case) -> str | None:
     """None, or the reason why the kernel cannot serve the case."""
     if case.dtype not in ITEMSIZE:
         return f"dtype {case.dtype} is not one of {', '.join(ITEMSIZE)}"
+    if case.kv_dtype is not None:
+        return f"it reads no keys and values of {case.kv_dtype}"
     if case.num_kv_heads < 1 or case.num_heads % case.num_kv_heads:
         return f"{case.num_heads} query heads are no multiple of {case.num_kv_heads} kv heads"
     most_dim = MAX_HEAD_DIM if case.latent_dim is None else MAX_LATENT_HEAD_DIM

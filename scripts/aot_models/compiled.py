@@ -185,9 +185,15 @@ def check_gathered(program: Any, layers: Any, fsdp: int) -> None:
 
 def check_pools(program: Any, plan: Plan, pools: tuple[int, ...]) -> None:
     """The segment's pools are updated where they are: what is aliased is them and the residual stream."""
-    costs = {layer.pool: math.prod(layer.backend.pool_shape(layer.case, 1)) for layer in plan.layers}
-    groups = {layer.pool: layer.group for layer in plan.layers}
-    size = sum(2 * costs[pool] * plan.num_pages[groups[pool]] for pool in pools)
+    owners = {layer.pool: layer for layer in plan.layers}
+    arrays = [
+        array
+        for pool in pools
+        for array in jax.tree.leaves(
+            owners[pool].backend.abstract_pool(owners[pool].case, plan.num_pages[owners[pool].group])
+        )
+    ]
+    size = sum(array.size * array.dtype.itemsize for array in arrays)
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= size, f"{memory.alias_size_in_bytes} B aliased, the pools have {size} B"
 

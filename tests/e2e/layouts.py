@@ -34,14 +34,20 @@ def main(arguments: str) -> None:
     from tests.e2e.harness import GOLDENS, few_programs, finish, greedy, random_prompts
     from tests.e2e.harness import add as add_to
 
-    golden, meshes = json.loads(arguments)
+    golden, meshes, kv_cache_dtype = json.loads(arguments)
     answers: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         few_programs(patch, (16,))
         for mesh in meshes:
             # A page has as many tokens in every layout, so that the same requests are preempted.
             sizes = SIZES | {"page_size": SIZES["page_size"] // parse_mesh(mesh).get("context", 1)}
-            config = EngineConfig(str(GOLDENS / golden), mesh=mesh or None, compilation_cache_dir=False, **sizes)
+            config = EngineConfig(
+                str(GOLDENS / golden),
+                mesh=mesh or None,
+                compilation_cache_dir=False,
+                kv_cache_dtype=kv_cache_dtype,
+                **sizes,
+            )
             engine = Engine(config)
             prompts = random_prompts(11, 30, 15, 7, 38, 12, 33)
             names = [add_to(engine, prompt, greedy(24)) for prompt in prompts]

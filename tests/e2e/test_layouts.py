@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,15 +33,22 @@ LAYOUTS = {
 QUICK = "llama3_gqa"  # the others are left to `make test-slow`
 
 
-@pytest.mark.parametrize("golden", [QUICK, *(pytest.param(g, marks=pytest.mark.slow) for g in LAYOUTS if g != QUICK)])
-def test_every_layout_gives_the_tokens_of_one_device(golden: str) -> None:
+def cases() -> Iterator[Any]:
+    for golden in LAYOUTS:
+        yield pytest.param(golden, "auto", marks=[] if golden == QUICK else [pytest.mark.slow])
+    yield pytest.param("llama3_gqa", "int8", marks=[pytest.mark.slow])
+    yield pytest.param("deepseek_v3", "float8_e4m3fn", marks=[pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("golden", "kv_cache_dtype"), cases())
+def test_every_layout_gives_the_tokens_of_one_device(golden: str, kv_cache_dtype: str) -> None:
     environment = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     result = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.layouts", json.dumps([golden, ["", *LAYOUTS[golden]]])],
+        [sys.executable, "-m", "tests.e2e.layouts", json.dumps([golden, ["", *LAYOUTS[golden]], kv_cache_dtype])],
         cwd=Path(__file__).parents[2],
         env=os.environ | environment,
         capture_output=True,

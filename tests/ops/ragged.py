@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 
 from jaxinfer.ops.paged_attention import AttentionCase
 from jaxinfer.runner.batch import DeviceBatch
+from pallas_kernels.paged_attention.quantized import LARGEST, QuantizedPool
 
 
 def make_case(**changes: object) -> AttentionCase:
@@ -100,6 +103,36 @@ class Ragged:
         context, page_size = self.case.context, self.case.page_size
         page = table[row, position // (context * page_size) % table.shape[1]]
         return pools[position % context, page, :, :, position // context % page_size]
+
+    def quantized(self, pools: np.ndarray) -> QuantizedPool:
+        """Pools [..., H] as data and scales [...]; where nobody wrote, scales are NaN and data the worst."""
+        dtype = jnp.dtype(self.case.kv_dtype)
+        scales = np.abs(pools.astype(np.float64)).max(-1) / LARGEST[dtype.name]
+        data = pools / np.where(scales > 0, scales, 1)[..., None]
+        if dtype == jnp.int8:
+            data = np.where(np.isnan(data), -128, np.rint(data))
+        return QuantizedPool(data.astype(dtype), scales.astype(np.float32))
+
+    def as_held(self, pools: Any) -> Ragged:
+        """The same with what quantized pools, their leaves [C, ...], hold of the keys and values that are seen.
+
+        AssertionError where they do not hold them as well as their dtype can.
+        """
+        data, scales = (np.asarray(leaf, np.float64) for leaf in (pools.data, pools.scales))
+        numbers, other = data * scales[..., None], copy(self)
+        other.keys, other.values = ([array.copy() for array in arrays] for arrays in (self.keys, self.values))
+        table, steps = np.asarray(self.batch.page_tables[0]), LARGEST[self.case.kv_dtype or ""]
+        for row, (cached, new) in enumerate(self.lengths):
+            first = 0 if self.case.window is None else max(0, cached - self.case.window + 1)
+            for position in range(first, cached + new):
+                held, wrote = self.kept(numbers, table, row, position), self.written(row, position)
+                most = np.abs(wrote).max(-1, keepdims=True)
+                # Half a step of int8; of float8, 3 bits of a number, and half of the least.
+                bound = most / 2 / steps if steps == 127 else np.maximum(np.abs(wrote) / 16, most / steps / 1024)
+                assert (np.abs(held - wrote) <= 1.0001 * bound).all(), (held, wrote)
+                other.keys[row][position] = held[0]
+                other.values[row][position] = held[-1][..., : self.case.latent_dim]
+        return other
 
     def written(self, row: int, position: int) -> np.ndarray:
         """What the pool holds of a token: [2, K, H], or [1, K, H] where keys begin with their values."""

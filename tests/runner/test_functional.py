@@ -114,6 +114,20 @@ def test_equals_forward(golden: str) -> None:
         assert [pool.shape for pool in caller.cache.pools] == [pool.shape for pool in ring]
 
 
+def test_eight_bits() -> None:
+    """A prompt in parts and at once gives the same; what the forward gives is close. The cache is a pytree of both."""
+    loaded, tokens = load_model(GOLDENS / "llama3_gqa"), np.arange(4, 28, dtype=np.int32).reshape(2, 12)
+    prefill, full = jax.jit(loaded.prefill, compiler_options=FAST), np.full(2, 12, np.int32)
+    cache = loaded.make_cache(2, MAX_LEN, max_prefill_len=12, page_size=4, kv_cache_dtype="int8")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(cache.pools)} == {"int8", "float32"}
+    at_once, _ = prefill(loaded.params, cache, tokens, full)
+    _, cache = prefill(loaded.params, cache, tokens, full - 5)
+    in_parts, cache = prefill(loaded.params, cache, np.roll(tokens, -7, axis=1), full - 7)
+    np.testing.assert_allclose(in_parts, at_once, atol=0.01)
+    assert 0 < np.abs(at_once - loaded.forward(loaded.params, tokens)[:, -1]).max() < 0.3
+    assert loaded.make_cache(2, MAX_LEN, kv_cache_dtype="fp8").page_size == 32
+
+
 def test_other_parameters_and_gradients() -> None:
     loaded = load_model(GOLDENS / "llama3_gqa")
     caller = Caller(loaded, loaded.params)
