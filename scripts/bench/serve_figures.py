@@ -7,7 +7,7 @@ load       requests of mixed lengths that arrive at random (Poisson) whatever th
            tokens per second, time to first token (TTFT), time between tokens (ITL: a message's tokens share the time
            since the message before), and goodput, the part of all requests that kept to the objective
 overload   four times the requests that the engine can serve, for as long as is asked: how soon those too many hear
-           so, what the accepted ones wait, and the process's memory at the start, half-way and at the end
+           so, what the accepted ones wait, and the process's memory when they begin, half-way and when they end
 """
 
 from __future__ import annotations
@@ -259,8 +259,8 @@ def overload(engine: Engine, clients: Clients, seconds: float) -> None:
     print("    load  requests  refused  refusal p50/p95/p99 ms         TTFT p50/p95/p99 ms       ITL p50/p95/p99 ms")
     for part, own_seconds in ((1.0, 8.0), (4.0, seconds)):
         _, requests = _arrivals(engine, rng, part * tokens_per_second, own_seconds)
-        with MemoryWatch() as memory:
-            answers = served(engine, clients, requests)
+        memory = MemoryWatch(own_seconds)
+        answers = served(engine, clients, requests)
         ttft = [first for first in answers.ttft if first is not None]
         itl = [gap for gaps in answers.itl for gap in gaps]
         refusals = _three(_percentiles(answers.refusals)) if answers.refusals else "-".rjust(27)
@@ -268,7 +268,7 @@ def overload(engine: Engine, clients: Clients, seconds: float) -> None:
             f"{part:7.2f}x {len(requests):9d} {len(answers.refusals):8d}  {refusals}  {_three(_percentiles(ttft))}"
             f"  {_three(_percentiles(itl))}  {answers.num_tokens / answers.seconds:.0f} tokens/s"
         )
-        print(f"         memory at the start, half-way and at the end: {memory.three()} MiB", end="")
+        print(f"         memory when arrivals begin, half-way and when they end: {memory.three()} MiB", end="")
         late = sum(refusal > MAX_REFUSAL for refusal in answers.refusals)
         print(f"; refusals after more than {1000 * MAX_REFUSAL:.0f} ms: {late}" if answers.refusals else "")
     rate, _ = bare(engine, _arrivals(engine, rng, 1e4, 1)[1][:128])
@@ -276,26 +276,21 @@ def overload(engine: Engine, clients: Clients, seconds: float) -> None:
 
 
 class MemoryWatch:
-    """Looks at this process's memory while its context is open."""
+    """Looks at this process's memory at the beginning, middle and end of so many seconds that follow."""
 
-    def __enter__(self) -> MemoryWatch:
-        self._seen = [resident_mib()]
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
+    def __init__(self, seconds: float) -> None:
+        self._thread = threading.Thread(target=self._look, args=(seconds / 2,))
+        self._seen: list[float] = []
         self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._is_over.set()
-        self._thread.join()
-        self._seen.append(resident_mib())
 
     def three(self) -> str:
-        """MiB at the start, half-way and at the end."""
-        return " / ".join(f"{self._seen[place]:.0f}" for place in (0, len(self._seen) // 2, -1))
+        """MiB, once the time is over."""
+        self._thread.join()
+        return " / ".join(f"{mib:.0f}" for mib in self._seen)
 
-    def _look(self) -> None:
-        while not self._is_over.wait(0.5):
+    def _look(self, pause: float) -> None:
+        for number in range(3):
+            time.sleep(pause if number else 0)
             self._seen.append(resident_mib())
 
 
