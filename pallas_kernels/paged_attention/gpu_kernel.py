@@ -176,10 +176,14 @@ class _Tile:
         begin, end = lax.div(oldest - zeroth, block_keys), lax.div(last - zeroth, block_keys) + 1
         end = jnp.where(self.split == self.kernel.splits - 1, end, begin)
 
+        # A decode's own key is in the first rows; what is behind them in the block is not seen.
+        copied = ALIGNMENT if self.kernel.size == 1 else block_keys
+
         def new_step(block: jax.Array, state: State) -> State:
             token = pl.multiple_of(aligned + block * block_keys, ALIGNMENT)
             for source, target in zip(self.new, (keys, values), strict=True):
-                plgpu.copy_gmem_to_smem(source.at[pl.ds(token, block_keys), self.head], target.at[0], new_arrived)
+                some = source.at[pl.ds(token, copied), self.head]
+                plgpu.copy_gmem_to_smem(some, target.at[0].at[pl.ds(0, copied)], new_arrived)
             plgpu.barrier_wait(new_arrived)
             offset = zeroth + block * block_keys
             state = self.mix(q, keys.at[0], values.at[0], weights, offset, oldest, last + 1, state)
