@@ -40,6 +40,7 @@ class Kernel:
     rows       its rows that are copied: query heads of its tokens, in whole tiles of 8
     splits     programs that share the keys of a tile
     width      pages of a row's table
+    decodes    whether the tiles are rows of one token
     """
 
     case: Case
@@ -50,6 +51,7 @@ class Kernel:
     head_dim: int
     width: int
     writes: bool
+    decodes: bool
 
     @property
     def group(self) -> int:
@@ -177,7 +179,7 @@ class _Tile:
         end = jnp.where(self.split == self.kernel.splits - 1, end, begin)
 
         # A decode's own key is in the first rows; what is behind them in the block is not seen.
-        copied = ALIGNMENT if self.kernel.size == 1 else block_keys
+        copied = ALIGNMENT if self.kernel.decodes else block_keys
 
         def new_step(block: jax.Array, state: State) -> State:
             token = pl.multiple_of(aligned + block * block_keys, ALIGNMENT)

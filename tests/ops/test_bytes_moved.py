@@ -23,6 +23,7 @@ from tests.ops.ragged import Ragged, make_case
 bfloat16_case = functools.partial(make_case, dtype="bfloat16", head_dim=128, page_size=16)
 GQA, MQA = {"num_heads": 16, "num_kv_heads": 2}, {"num_heads": 12, "num_kv_heads": 1}
 RAGGED = bfloat16_case(**GQA), (1500, 333, 701)
+SINGLE = bfloat16_case(**MQA), (1500, 700, 16)
 WINDOW = bfloat16_case(**GQA, window=1024), (2000, 1100, 1023)
 
 
@@ -77,7 +78,7 @@ def ragged_of(case: AttentionCase, cached: tuple[int, ...]) -> Ragged:
     [
         RAGGED,
         pytest.param(bfloat16_case(**GQA, page_size=64), (1500, 333, 701), marks=pytest.mark.slow),
-        pytest.param(bfloat16_case(**MQA), (1500, 700, 16), marks=pytest.mark.slow),
+        pytest.param(*SINGLE, marks=pytest.mark.slow),
         pytest.param(*WINDOW, marks=pytest.mark.slow),
     ],
 )
@@ -117,7 +118,7 @@ def test_tpu(monkeypatch: pytest.MonkeyPatch, case: AttentionCase, cached: tuple
     ("case", "cached", "programs", "most"),
     # Five programs share the keys of a decode where there are few decodes: each reads the queries, and leaves its part
     # in float32 to be merged.
-    [(*RAGGED, 1, 1.1), (*RAGGED, 264, 1.15), (*WINDOW, 1, 1.1)],
+    [(*RAGGED, 1, 1.1), (*RAGGED, 264, 1.15), (*SINGLE, 1, 1.1), (*WINDOW, 1, 1.1)],
 )
 def test_gpu(
     monkeypatch: pytest.MonkeyPatch, case: AttentionCase, cached: tuple[int, ...], programs: int, most: float
