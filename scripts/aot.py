@@ -41,6 +41,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.flash_attention import cases as flash_cases
+from pallas_kernels.flash_attention import gpu as flash_gpu
 from pallas_kernels.flash_attention import tpu as flash_tpu
 from pallas_kernels.paged_attention import gpu, gpu_layout, tpu
 from pallas_kernels.paged_attention.cases import CASES, ModelCase
@@ -100,13 +101,16 @@ def paged(kernel: Any, case: ModelCase, step: tuple[int, int, int], writes: bool
     """One layer's attention by a kernel's module, the pool donated."""
     num_tokens, num_rows, width = step
 
-    def attention(q: Any, kv: Any, pool: Any, table: Any, starts: Any, lengths: Any, count: Any, sinks: Any) -> Any:
+    def attention(
+        q: Any, kv: Any, pool: Any, table: Any, starts: Any, lengths: Any, count: Any, sinks: Any, place: Any
+    ) -> Any:
         k, v = kv or (None, None)
         if kernel is gpu:
             return gpu.paged_attention(
                 case, q, k, v, pool, gpu.prepare(case, num_tokens, table, starts, lengths), sinks
             )
-        return tpu.paged_attention(case, q, k, v, pool, tpu.prepare(table, starts, lengths), count, sinks)
+        rows = tpu.prepare(table, starts, lengths, context=case.context, place=place)
+        return tpu.paged_attention(case, q, k, v, pool, rows, count, sinks)
 
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(case.dtype))
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -121,6 +125,7 @@ def paged(kernel: Any, case: ModelCase, step: tuple[int, int, int], writes: bool
         integers((num_rows,)),
         integers(()),
         jax.ShapeDtypeStruct((case.num_heads,), jnp.float32) if case.has_sinks else None,
+        integers(()) if case.context > 1 else None,
     )
     label = f"paged, {case.name}, {num_tokens} tokens in {num_rows} rows{'' if writes else ', reads only'}"
     return Program(
@@ -130,7 +135,7 @@ def paged(kernel: Any, case: ModelCase, step: tuple[int, int, int], writes: bool
     )
 
 
-def flash(name: str, case: flash_cases.FlashCase, num_tokens: int) -> Program:
+def flash(kernel: Any, name: str, case: flash_cases.FlashCase, num_tokens: int) -> Program:
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(case.dtype))
     arguments = (
         array((1, num_tokens, case.num_heads, case.head_dim)),
@@ -140,21 +145,23 @@ def flash(name: str, case: flash_cases.FlashCase, num_tokens: int) -> Program:
     )
 
     def attention(q: Any, k: Any, v: Any, segments: Any) -> Any:
-        return flash_tpu.flash_attention(case, q, k, v, segments=segments)
+        return kernel.flash_attention(case, q, k, v, segments=segments)
 
     return Program(f"flash, {name}, {num_tokens} tokens", lambda mesh: compiled(mesh, attention, arguments))
 
 
 def programs(chip: str, wanted: Callable[[str], bool]) -> list[Program]:
     cases = [case for case in CASES if wanted(case.name)]
+    named = [(name, case) for name, case in flash_cases.CASES.items() if wanted(name)]
     if chip in GPUS:
-        # What the kernel refuses in words is the XLA path's.
-        return [paged(gpu, case, step) for case in cases for step in STEPS if gpu_layout.supports(case) is None]
+        # What the kernels refuse in words is the XLA path's.
+        found = [paged(gpu, case, step) for case in cases for step in STEPS if gpu_layout.supports(case) is None]
+        served = [(name, case) for name, case in named if flash_gpu.supports(case) is None]
+        return found + [flash(flash_gpu, name, case, FLASH_TOKENS[0]) for name, case in served]
     found = [paged(tpu, case, STEPS[0]) for case in cases]
     if cases:
         found += [paged(tpu, cases[0], STEPS[1]), paged(tpu, cases[0], STEPS[0], writes=False)]
-    named = [(name, case) for name, case in flash_cases.CASES.items() if wanted(name)]
-    return found + [flash(name, case, num_tokens) for name, case in named for num_tokens in FLASH_TOKENS]
+    return found + [flash(flash_tpu, name, case, tokens) for name, case in named for tokens in FLASH_TOKENS]
 
 
 @contextlib.contextmanager

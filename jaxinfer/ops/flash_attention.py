@@ -20,12 +20,16 @@ __all__ = ["BACKENDS", "Backend", "FlashCase", "choose_backend"]
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation: on which platform it runs (None: any), what it cannot serve and why, and the attention."""
+    """One implementation: on which platform it runs (None: any), what it cannot serve and why, and the attention.
+
+    only_asked: None, or why it is not chosen unless it is named.
+    """
 
     name: str
     platform: str | None
     supports: Callable[[FlashCase], str | None]
     run: Callable[..., tuple[jax.Array, jax.Array]]
+    only_asked: str | None = None
 
     def refuses(self, case: FlashCase, platform: str) -> str | None:
         if self.platform not in (None, platform):
@@ -46,9 +50,24 @@ def _tpu_run(case: FlashCase, *arrays: jax.Array, **options: Any) -> tuple[jax.A
     return tpu.flash_attention(case, *arrays, **options)
 
 
+def _gpu_supports(case: FlashCase) -> str | None:
+    from pallas_kernels.flash_attention import gpu
+
+    return gpu.supports(case)
+
+
+def _gpu_run(case: FlashCase, *arrays: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels.flash_attention import gpu
+
+    return gpu.flash_attention(case, *arrays, **options)
+
+
+_NEVER_RUN = "it was simulated and compiled, but has never run on a GPU; name it to try"
+
 # Best first; "xla" serves every sound case.
 BACKENDS: tuple[Backend, ...] = (
     Backend("pallas_tpu", "tpu", _tpu_supports, _tpu_run),
+    Backend("pallas_gpu", "gpu", _gpu_supports, _gpu_run, _NEVER_RUN),
     Backend("xla", None, xla.supports, xla.flash_attention),
     Backend("reference", None, lambda case: case.fault(), reference.flash_attention),
 )
@@ -65,7 +84,7 @@ def choose_backend(case: FlashCase, platform: str, forced: str | None = None) ->
         raise ValueError(f"flash attention backend {forced!r} is unknown; choose one of: {names}")
     refusals: dict[str, str] = {}
     for backend in candidates:
-        reason = backend.refuses(case, platform)
+        reason = backend.refuses(case, platform) or (backend.only_asked if forced is None else None)
         if reason is None:
             return backend, refusals
         refusals[backend.name] = reason

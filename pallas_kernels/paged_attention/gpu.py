@@ -139,8 +139,9 @@ def paged_attention(
     held = jax.new_ref(pool)
     result = jnp.zeros(queries.shape, jnp.float32)
     for tiles in groups:
-        size = 1 if tiles is groups[0] else _chunk_tokens(case)
-        out, lse = _call(case, blocks, size, queries, new, held, table, tiles, interpret)
+        decodes = tiles is groups[0]
+        size = 1 if decodes else _chunk_tokens(case)
+        out, lse = _call(case, blocks, size, decodes, queries, new, held, table, tiles, interpret)
         own = jnp.maximum(tiles.of_token, 0)
         mixed = out[own]
         if sinks is not None:  # one more key for each head, with a value of 0
@@ -153,6 +154,7 @@ def _call(
     case: Case,
     blocks: Blocks,
     size: int,
+    decodes: bool,
     queries: jax.Array,
     new: tuple[jax.Array, jax.Array] | None,
     pool: Any,
@@ -168,10 +170,10 @@ def _call(
     packed = queries[tokens].reshape(num_tiles, size, num_kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
     packed = packed.reshape(num_tiles, num_kv_heads, size * group, head_dim)
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, rows - size * group), (0, 0)))
-    splits = 1 if size > 1 else _splits(case, blocks, num_tiles, table.shape[1])
+    splits = _splits(case, blocks, num_tiles, table.shape[1]) if decodes else 1
     keys = (new[0], new[1]) if new is not None else ()
     shape = (splits, num_tiles, num_kv_heads)
-    body = Kernel(case, blocks, size, rows, splits, head_dim, table.shape[1], writes=new is not None)
+    body = Kernel(case, blocks, size, rows, splits, head_dim, table.shape[1], new is not None, decodes)
     out, lse = plgpu.kernel(
         body.run,
         out_type=[

@@ -40,6 +40,7 @@ class Kernel:
     rows       its rows that are copied: query heads of its tokens, in whole tiles of 8
     splits     programs that share the keys of a tile
     width      pages of a row's table
+    decodes    whether the tiles are rows of one token
     """
 
     case: Case
@@ -50,6 +51,7 @@ class Kernel:
     head_dim: int
     width: int
     writes: bool
+    decodes: bool
 
     @property
     def group(self) -> int:
@@ -176,10 +178,14 @@ class _Tile:
         begin, end = lax.div(oldest - zeroth, block_keys), lax.div(last - zeroth, block_keys) + 1
         end = jnp.where(self.split == self.kernel.splits - 1, end, begin)
 
+        # A decode's own key is in the first rows; what is behind them in the block is not seen.
+        copied = ALIGNMENT if self.kernel.decodes else block_keys
+
         def new_step(block: jax.Array, state: State) -> State:
             token = pl.multiple_of(aligned + block * block_keys, ALIGNMENT)
             for source, target in zip(self.new, (keys, values), strict=True):
-                plgpu.copy_gmem_to_smem(source.at[pl.ds(token, block_keys), self.head], target.at[0], new_arrived)
+                some = source.at[pl.ds(token, copied), self.head]
+                plgpu.copy_gmem_to_smem(some, target.at[0].at[pl.ds(0, copied)], new_arrived)
             plgpu.barrier_wait(new_arrived)
             offset = zeroth + block * block_keys
             state = self.mix(q, keys.at[0], values.at[0], weights, offset, oldest, last + 1, state)

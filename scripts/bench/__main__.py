@@ -1,5 +1,5 @@
-"""Benchmarks: `python scripts/bench engine` for figures of the engine, `serve` of the server, `pipeline` of
-stages that overlap, `peers ...` of others."""
+"""Benchmarks: `python scripts/bench engine` for figures of the engine, `serve` of the server, `kernels` of attention on
+an accelerator, `pipeline` of stages that overlap, `peers ...` of others."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ def main() -> int:
         "pipeline", help="idle share of pipeline stages against (p-1)/(m+p-1), on as many processors as stages"
     )
     pipeline.add_argument("--stages", type=int, default=2, metavar="P", help="default: 2")
+    kernels = commands.add_parser("kernels", help="attention kernels against copy bandwidth, matmul rate and cuDNN")
+    kernels.add_argument("--quick", action="store_true", help="few shapes: a minute or two")
+    kernels.add_argument("--allow-cpu", action="store_true", help="run the script itself where there is only a CPU")
     commands.add_parser("peers", help="the same workloads on other engines; see peers/README.md", add_help=False)
     arguments, rest = parser.parse_known_args()
     if arguments.command == "peers":
@@ -47,6 +50,10 @@ def main() -> int:
             return serve_figures.report(
                 arguments.model, arguments.rounds, arguments.seconds, arguments.plot, arguments.overload
             )
+        if arguments.command == "kernels":
+            import kernel_figures
+
+            return kernel_figures.report(arguments.quick, arguments.allow_cpu)
         if arguments.command == "pipeline":
             os.environ["JAX_PLATFORMS"] = "cpu"
             os.environ["NPROC"] = "1"  # a program then has one thread,

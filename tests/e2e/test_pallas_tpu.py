@@ -11,9 +11,8 @@ from dataclasses import replace
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxinfer.loading import LoadedModel, load_model
+from jaxinfer.loading import load_model
 from jaxinfer.ops import paged_attention
-from jaxinfer.types import RequestOutput
 from tests.e2e.harness import GOLDENS, Twin, few_programs, greedy, make_engine, random_prompts, run, tokens_of
 from tests.sharding.run_on_devices import run_on_devices
 
@@ -33,42 +32,40 @@ def simulated_tpu() -> Iterator[None]:
         yield
 
 
-def run_on_both(loaded: LoadedModel, *, page_size: int) -> dict[str, list[RequestOutput]]:
-    """The same requests with the kernel's attention and with XLA's."""
-    settings = {"max_model_len": 48, "max_num_seqs": 3, "max_num_batched_tokens": 8, "num_pages": 20}
-    prompts = random_prompts(7, 13, 1, 5, 3)
-    params = [greedy(12, logprobs=2), greedy(9, logprobs=0), greedy(4), greedy(7)]
-    outputs = {}
-    for name in ("pallas_tpu", "xla"):
-        engine = make_engine(loaded, attention_backend=name, page_size=page_size, **settings)
-        assert {layer.backend.name for layer in engine.plan.layers} == {name}
-        outputs[name] = run(engine, prompts, params)
-    assert tokens_of(outputs["pallas_tpu"]) == tokens_of(outputs["xla"])
-    return outputs
+SETTINGS = {"max_model_len": 48, "page_size": 8, "max_num_seqs": 3, "max_num_batched_tokens": 8, "num_pages": 20}
 
 
 @pytest.mark.slow
 def test_equals_forward_and_xla() -> None:
     """Gemma 2, made small: rings of a window of 8 around a layer that sees all, soft caps, grouped queries."""
     loaded = load_model(GOLDENS / "gemma2")
+    prompts = random_prompts(7, 13, 1, 5, 3)
+    params = [greedy(12, logprobs=2), greedy(9, logprobs=0), greedy(4), greedy(7)]
+    outputs = {}
     with simulated_tpu():
-        outputs = run_on_both(loaded, page_size=8)
-    twin = Twin(loaded, 48)
-    for output in (*outputs["pallas_tpu"], *outputs["xla"]):
-        twin.check(output)
+        for name in ("pallas_tpu", "xla"):
+            engine = make_engine(loaded, attention_backend=name, **SETTINGS)
+            assert {layer.backend.name for layer in engine.plan.layers} == {name}
+            outputs[name] = run(engine, prompts, params)
+            twin = Twin(loaded, 48)
+            for output in outputs[name]:
+                twin.check(output)
+    assert tokens_of(outputs["pallas_tpu"]) == tokens_of(outputs["xla"])
+
+
+FEW = random_prompts(7, 13, 1, 5), [greedy(6), greedy(5), greedy(3)]
 
 
 def spread_over_context() -> None:
     """Print the tokens of the kernels of two devices, each with every other key."""
     with simulated_tpu():
-        outputs = run_on_both(load_model(GOLDENS / "gemma2", mesh="context=2"), page_size=8)
-    print(json.dumps(tokens_of(outputs["pallas_tpu"])))
+        loaded = load_model(GOLDENS / "gemma2", mesh="context=2")
+        engine = make_engine(loaded, attention_backend="pallas_tpu", **SETTINGS)
+        print(json.dumps(tokens_of(run(engine, *FEW))))
 
 
 @pytest.mark.slow
 def test_devices_that_share_keys_give_the_tokens_of_one() -> None:
     printed = run_on_devices("from tests.e2e import test_pallas_tpu as t; t.spread_over_context()", 2)
-    loaded = load_model(GOLDENS / "gemma2")
-    prompts, params = random_prompts(7, 13, 1, 5, 3), [greedy(12), greedy(9), greedy(4), greedy(7)]
-    alone = run(make_engine(loaded, max_model_len=48), prompts, params)
+    alone = run(make_engine(load_model(GOLDENS / "gemma2"), **SETTINGS), *FEW)
     assert json.loads(printed.splitlines()[-1]) == tokens_of(alone)

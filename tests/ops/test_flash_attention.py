@@ -176,14 +176,16 @@ def test_unsound_cases_are_refused_by_all(changes: dict[str, Any], reason: str) 
 def test_choice_and_refusals() -> None:
     assert choose_backend(CASE, "tpu")[0].name == "pallas_tpu"
     backend, refusals = choose_backend(CASE, "cpu")
-    assert (backend.name, refusals) == ("xla", {"pallas_tpu": "the platform is cpu, not tpu"})
+    assert backend.name == "xla"
+    assert refusals == {"pallas_tpu": "the platform is cpu, not tpu", "pallas_gpu": "the platform is cpu, not gpu"}
     assert choose_backend(replace(CASE, dtype="float16"), "tpu")[1] == {
-        "pallas_tpu": "dtype float16 is not one of float32, bfloat16"
+        "pallas_tpu": "dtype float16 is not one of float32, bfloat16",
+        "pallas_gpu": "the platform is tpu, not gpu",
     }
     assert choose_backend(replace(CASE, head_dim=320), "tpu")[1]["pallas_tpu"].startswith("head dims 320 and 8 are not")
     assert "1024 query heads of a kv head need" in str(tpu.supports(replace(CASE, num_heads=1024, num_kv_heads=1)))
     assert choose_backend(CASE, "cpu", forced="reference")[0].name == "reference"
-    with pytest.raises(ValueError, match="'cudnn' is unknown; choose one of: pallas_tpu, xla, reference"):
+    with pytest.raises(ValueError, match="'cudnn' is unknown; choose one of: pallas_tpu, pallas_gpu, xla, reference"):
         choose_backend(CASE, "cpu", forced="cudnn")
     with pytest.raises(ValueError, match="the platform is cpu, not tpu"):
         choose_backend(CASE, "cpu", forced="pallas_tpu")

@@ -101,6 +101,12 @@ def test_decodes_and_chunks_together(slots: int) -> None:
 
 
 @simulated
+@pytest.mark.slow
+def test_a_tile_holds_one_token_of_many_heads() -> None:
+    check(Ragged(gpu_case(num_heads=33, num_kv_heads=1), [(70, 1), (18, 11)], 16, 3, 8))
+
+
+@simulated
 def test_the_keys_of_one_decode_are_split() -> None:
     """Over 4 programs, of which the last have no keys at first; the newest key is in none of the pages."""
     case = gpu_case(num_heads=2, num_kv_heads=1)

@@ -1,0 +1,406 @@
+"""Times the attention kernels on whatever accelerator jax finds, against what its memory and its matrix units do.
+
+First, in this process: the bandwidth of a copy (bytes read and bytes written) and the rate of a bfloat16 matmul. Then
+every backend that serves a case, with random normal inputs, a step of decodes as a share of that bandwidth, the prefill
+of a long prompt in TFLOP/s, on GPUs beside cuDNN's. Some rows of every result are checked against the reference.
+
+How it is timed: the calls run one after another inside one program, each on the output and the page pool of the one
+before, and the time of many less that of few is divided by how many more they are, so that what the host and the launch
+take is not in it. A profiler's trace would leave out the loop's own few microseconds too, but needs rights on the GPU's
+counters that containers often lack, and is another format on every platform. A decode's calls take pages from so many
+sets in turn that those of one have left the cache before they are read again; where memory is too small for that, the
+line says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxinfer.metrics.table import format_seconds
+from jaxinfer.ops import flash_attention, paged_attention
+from jaxinfer.ops.flash_attention import FlashCase
+from jaxinfer.ops.paged_attention import AttentionCase, RaggedBatch
+from jaxinfer.runner.batch import DeviceBatch
+from pallas_kernels.flash_attention.reference import flash_attention as flash_reference
+from pallas_kernels.paged_attention.reference import paged_attention as paged_reference
+from pallas_kernels.paged_attention.tpu_layout import Layout
+
+_MAX_SETS = 32  # of pages that calls take in turn: one program holds so many calls
+_CHECKED = 32  # queries at either end of a prompt that are held to the reference
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed. cache: bytes, more than the chip's last cache holds; seconds: of the longer of two runs."""
+
+    dtype: str
+    copy_bytes: int
+    matmul: int
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    page_sizes: tuple[int, ...]
+    heads: tuple[tuple[str, int, int], ...]
+    head_dim: int
+    prompt: int
+    cache: int
+    seconds: float
+
+
+_HEADS = (("GQA 8", 64, 8), ("MQA", 48, 1))
+_FULL = Sizes(
+    dtype="bfloat16",
+    copy_bytes=2**30,
+    matmul=8192,
+    batches=(1, 8, 32, 128, 256),
+    contexts=(1024, 8192, 32768, 131072),
+    page_sizes=(16, 32, 64),
+    heads=_HEADS,
+    head_dim=128,
+    prompt=16384,
+    cache=2**27,
+    seconds=0.1,
+)
+_QUICK = replace(_FULL, batches=(1, 32), contexts=(1024, 8192), page_sizes=(16,), seconds=0.03)
+_CPU = Sizes("float32", 2**20, 64, (2,), (40,), (8,), (("GQA 2", 4, 2),), 8, 48, 1, 0.002)
+
+
+def seconds_of(step: Callable[[Any, Any], Any], state: Any, fixed: Any, at_least: float) -> tuple[float, Any]:
+    """Seconds of one `step(state, fixed)` of many in a row, and the last state. `state` is given away."""
+
+    def times(count: int) -> Callable[[Any], tuple[float, Any]]:
+        def run(state: Any, fixed: Any) -> Any:
+            return lax.fori_loop(0, count, lambda _, state: step(state, fixed), state)
+
+        program = jax.jit(run, donate_argnums=0).lower(state, fixed).compile()
+
+        def timed(state: Any) -> tuple[float, Any]:
+            started = time.perf_counter()
+            state = jax.block_until_ready(program(state, fixed))
+            return time.perf_counter() - started, state
+
+        return timed
+
+    few = times(1)
+    _, state = few(jax.block_until_ready(state))
+    once, state = few(state)
+    count = min(max(int(at_least / once), 4), 1000)
+    many = times(count + 1)
+    _, state = many(state)
+    found = []
+    for _ in range(5):
+        short, state = few(state)
+        long, state = many(state)
+        found.append((long - short) / count)
+    return max(statistics.median(found), 1e-12), state
+
+
+def copy_bandwidth(sizes: Sizes) -> float:
+    """Bytes read and written in a second."""
+    numbers = jnp.zeros(sizes.copy_bytes // 4, jnp.int32)
+    # The barrier keeps a compiler that unrolls the loop from passing over the numbers once for several turns.
+    taken, _ = seconds_of(lambda x, _: lax.optimization_barrier(x + 1), numbers, None, sizes.seconds)
+    return 2 * numbers.nbytes / taken
+
+
+def matmul_rate(sizes: Sizes) -> float:
+    """Operations in a second of square matrices of normal numbers."""
+    n = sizes.matmul
+    x, w = (jax.random.normal(jax.random.key(i), (n, n), jnp.dtype(sizes.dtype)) for i in range(2))
+    taken, _ = seconds_of(lambda x, w: x @ w, x, w * n**-0.5, sizes.seconds)
+    return 2 * n**3 / taken
+
+
+@dataclass(frozen=True)
+class Line:
+    """One result: what, by whom, seconds of one call (None: refused), the figure, and what is to be said of it."""
+
+    what: str
+    backend: str
+    seconds: float | None
+    figure: str
+    share: float | None
+    note: str = ""
+    wrong: bool = False
+
+    def __str__(self) -> str:
+        taken = "" if self.seconds is None else format_seconds(self.seconds)
+        share = "" if self.share is None else f"{self.share:.0%}"
+        return f"{self.what:<44} {self.backend:<11} {taken:>9} {self.figure:>14} {share:>6}  {self.note}".rstrip()
+
+
+def attempt(what: str, backend: str, run: Callable[[], Line]) -> Line:
+    """A line, also where a kernel fails: the others are still timed."""
+    try:
+        return run()
+    except Exception as error:
+        return Line(what, backend, None, "", None, f"FAILED {type(error).__name__}: {str(error)[:200]}", wrong=True)
+
+
+# Decode.
+
+
+def _memory() -> int:
+    """Bytes of the device that pools may take: a third, since they are made from temporaries of some size."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", 2**33) // 3
+
+
+def _batch(kv_len: np.ndarray, new: np.ndarray, table: np.ndarray) -> DeviceBatch:
+    """Rows of new[s] tokens each, the newest of kv_len[s]; nothing is padded."""
+    starts = np.concatenate([[0], np.cumsum(new)])
+    positions = np.concatenate([np.arange(length - n, length) for length, n in zip(kv_len, new, strict=True)])
+    fields = DeviceBatch(
+        tokens=np.zeros(starts[-1]),
+        token_slots=np.full(starts[-1], -1),
+        positions=positions,
+        sequence_ids=np.repeat(np.arange(len(new)), new),
+        query_start=starts,
+        kv_len=kv_len,
+        page_tables=(table,),
+        logits_tokens=np.zeros(len(new)),
+        num_tokens=starts[-1],
+        num_sequences=np.array(len(new)),
+    )
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.int32), fields)
+
+
+def _attend(
+    backend: paged_attention.Backend, case: AttentionCase, state: tuple[jax.Array, Any], fixed: Any
+) -> tuple[jax.Array, Any]:
+    """One call for every set of pages, each on the output of the one before."""
+    q, pool = state
+    k, v, sets = fixed
+    for batch, metadata in sets:
+        out, pool = backend.run(case, q, k, v, pool, batch, 0, metadata)
+        q = out.astype(q.dtype)
+    return q, pool
+
+
+def _to_reference(backend: str, case: AttentionCase, pages: jax.Array) -> jax.Array:
+    """Pages of a backend's pool -> [pages, 2, K, B, H]."""
+    if backend != "pallas_tpu":
+        return pages[..., : case.head_dim]
+    start = Layout.of(case).value_start
+    return jnp.stack([pages[..., : case.head_dim], pages[..., start : start + case.head_dim]], axis=1)
+
+
+def _paged_error(
+    backend: str, case: AttentionCase, q: jax.Array, out: jax.Array, pool: jax.Array, batch: RaggedBatch, row: int
+) -> float:
+    """The largest difference from the reference of a row's last queries, once its keys are in the pool."""
+    starts = np.asarray(batch.query_start)
+    count = min(int(starts[row + 1] - starts[row]), _CHECKED)
+    own = slice(int(starts[row + 1]) - count, int(starts[row + 1]))
+
+    @jax.jit
+    def error(q: jax.Array, out: jax.Array, pool: jax.Array, table: jax.Array, length: jax.Array) -> jax.Array:
+        pages, own_table = _to_reference(backend, case, pool[table]), jnp.arange(table.shape[0])[None]
+        expected, _ = paged_reference(
+            q.astype(jnp.float32), None, None, pages, own_table, jnp.array([0, count]), length[None], scale=case.scale
+        )
+        return jnp.max(jnp.abs(expected - out.astype(jnp.float32)))
+
+    return float(error(q[own], out[own], pool, batch.page_tables[0][row], batch.kv_len[row]))
+
+
+def _time_paged(
+    backend: paged_attention.Backend, case: AttentionCase, kv_len: np.ndarray, new: np.ndarray, sizes: Sizes
+) -> tuple[float, float, int]:
+    """Seconds of one call, the largest difference from the reference relative to the largest number, sets of pages."""
+    width = -(-int(kv_len.max()) // case.page_size)
+    set_bytes = len(kv_len) * width * int(np.prod(backend.pool_shape(case, 1))) * jnp.dtype(case.dtype).itemsize
+    num_sets = max(1, min(-(-2 * sizes.cache // set_bytes), _MAX_SETS, _memory() // set_bytes))
+    num_pages = num_sets * len(kv_len) * width + 1
+    dtype, keys = jnp.dtype(case.dtype), jax.random.split(jax.random.key(0), 4)
+    pool = jax.jit(lambda: jax.random.normal(keys[0], backend.pool_shape(case, num_pages), dtype))()
+    tokens = int(new.sum())
+    q = jax.random.normal(keys[1], (tokens, case.num_heads, case.head_dim), dtype)
+    k, v = (jax.random.normal(key, (tokens, case.num_kv_heads, case.head_dim), dtype) for key in keys[2:])
+    tables = 1 + np.random.default_rng(0).permutation(num_pages - 1).reshape(num_sets, len(kv_len), width)
+    batches = [_batch(kv_len, new, table) for table in tables]
+    prepare = jax.jit(functools.partial(backend.prepare, case), static_argnums=1)
+    sets = [(batch, prepare(batch, 0)) for batch in batches]
+    once = jax.jit(functools.partial(_attend, backend, case), donate_argnums=0)
+    out, pool = once((jnp.copy(q), pool), (k, v, sets[:1]))
+    rows = {0, len(kv_len) - 1}
+    error = max(_paged_error(backend.name, case, q, out, pool, batches[0], row) for row in rows)
+    error /= float(jnp.max(jnp.abs(out.astype(jnp.float32))))
+    taken, _ = seconds_of(functools.partial(_attend, backend, case), (q, pool), (k, v, sets), sizes.seconds)
+    return taken / num_sets, error, num_sets
+
+
+def _case(sizes: Sizes, platform: str, num_heads: int, num_kv_heads: int, page_size: int) -> AttentionCase:
+    return AttentionCase(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=sizes.head_dim,
+        page_size=page_size,
+        window=None,
+        soft_cap=None,
+        scale=sizes.head_dim**-0.5,
+        dtype=sizes.dtype,
+        has_sinks=False,
+        platform=platform,
+    )
+
+
+def _verdict(error: float, dtype: str) -> tuple[str, bool]:
+    wrong = not error < (1e-4 if dtype == "float32" else 3e-2)
+    return (f"WRONG by {error:.1e} of the largest number" if wrong else ""), wrong
+
+
+def decode_lines(sizes: Sizes, platform: str, bandwidth: float) -> Iterator[Line]:
+    for kind, num_heads, num_kv_heads in sizes.heads:
+        for page_size in sizes.page_sizes:
+            case = _case(sizes, platform, num_heads, num_kv_heads, page_size)
+            for backend in paged_attention.BACKENDS[:-1]:  # all but the reference
+                refusal = backend.supports(case)
+                if refusal is not None:
+                    yield Line(f"decode, {kind}, pages of {page_size}", backend.name, None, "", None, refusal)
+                    continue
+                for batch, context in itertools.product(sizes.batches, sizes.contexts):
+                    what = f"decode, {kind}, pages of {page_size}, {batch} x {context}"
+                    run = functools.partial(_decode_line, what, backend, case, batch, context, sizes, bandwidth)
+                    yield attempt(what, backend.name, run)
+
+
+def _decode_line(
+    what: str,
+    backend: paged_attention.Backend,
+    case: AttentionCase,
+    batch: int,
+    context: int,
+    sizes: Sizes,
+    bandwidth: float,
+) -> Line:
+    key_bytes = 2 * batch * context * case.num_kv_heads * case.head_dim * jnp.dtype(case.dtype).itemsize
+    if key_bytes > _memory():
+        return Line(what, backend.name, None, "", None, f"{key_bytes / 2**30:.0f} GiB of keys do not fit")
+    lengths = np.full(batch, context)
+    taken, error, num_sets = _time_paged(backend, case, lengths, np.ones(batch, np.int64), sizes)
+    note, wrong = _verdict(error, case.dtype)
+    if num_sets * key_bytes < sizes.cache:
+        note = " ".join(filter(None, (note, "its keys stay in the cache")))
+    rate = key_bytes / taken
+    return Line(what, backend.name, taken, f"{rate / 1e9:.1f} GB/s", rate / bandwidth, note, wrong)
+
+
+# Prefill.
+
+
+def prefill_lines(sizes: Sizes, platform: str, rate: float) -> Iterator[Line]:
+    kind, num_heads, num_kv_heads = sizes.heads[0]
+    tokens, what = sizes.prompt, f"prefill, {kind}, {sizes.prompt} tokens"
+    work = 2 * tokens * (tokens + 1) * num_heads * sizes.head_dim  # two products of pairs that are seen
+
+    def line(what: str, name: str, time_it: Callable[[], tuple[float, float]]) -> Line:
+        taken, error = time_it()
+        note, wrong = _verdict(error, sizes.dtype)
+        return Line(what, name, taken, f"{work / taken / 1e12:.3g} TFLOP/s", work / taken / rate, note, wrong)
+
+    def lines(
+        form: str, timed: dict[str, Callable[[], tuple[float, float]]], refusals: dict[str, str | None]
+    ) -> Iterator[Line]:
+        own = f"{what}, {form}"
+        for name, time_it in timed.items():
+            refusal = refusals[name]
+            if refusal is not None:
+                yield Line(own, name, None, "", None, refusal)
+            else:
+                yield attempt(own, name, functools.partial(line, own, name, time_it))
+
+    case = FlashCase(num_heads, num_kv_heads, sizes.head_dim, sizes.head_dim, sizes.head_dim**-0.5, dtype=sizes.dtype)
+    shapes = [(1, tokens, heads, sizes.head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    keys = jax.random.split(jax.random.key(1), 3)
+    arrays = [jax.random.normal(key, shape, jnp.dtype(sizes.dtype)) for key, shape in zip(keys, shapes, strict=True)]
+    runs = {backend.name: backend.run for backend in flash_attention.BACKENDS[:-1]} | {"cudnn": _cudnn}
+    refusals = {backend.name: backend.refuses(case, platform) for backend in flash_attention.BACKENDS}
+    refusals["cudnn"] = None if platform == "gpu" else f"the platform is {platform}, not gpu"
+    timed = {name: functools.partial(_time_flash, run, case, arrays, sizes) for name, run in runs.items()}
+    yield from lines("flash", timed, refusals)
+
+    paged_case = _case(sizes, platform, num_heads, num_kv_heads, sizes.page_sizes[0])
+    lengths, once = np.array([tokens]), replace(sizes, cache=0)
+    backends = {backend.name: backend for backend in paged_attention.BACKENDS[:-1]}
+    timed = {
+        name: lambda backend=backend: _time_paged(backend, paged_case, lengths, lengths, once)[:2]
+        for name, backend in backends.items()
+    }
+    yield from lines("paged", timed, {name: backend.supports(paged_case) for name, backend in backends.items()})
+
+
+def _cudnn(case: FlashCase, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+    out = jax.nn.dot_product_attention(q, k, v, scale=case.scale, is_causal=True, implementation="cudnn")
+    return out, None
+
+
+def _time_flash(
+    attend: Callable[..., Any], case: FlashCase, arrays: list[jax.Array], sizes: Sizes
+) -> tuple[float, float]:
+    """Seconds of one call, and the largest difference from the reference relative to the largest number."""
+    q, k, v = arrays
+    run = functools.partial(attend, case)
+    out = jax.jit(lambda q, k, v: run(q, k, v)[0])(q, k, v)
+    error = 0.0
+    for first in (0, q.shape[1] - _CHECKED):
+        own = slice(first, first + _CHECKED)
+        queries = q[:, own]
+        seen = first + _CHECKED
+        expected, _ = jax.jit(functools.partial(flash_reference, case, q_start=first))(
+            queries, k[:, :seen], v[:, :seen]
+        )
+        error = max(error, float(jnp.max(jnp.abs(expected - out[:, own]).astype(jnp.float32))))
+    error /= float(jnp.max(jnp.abs(out.astype(jnp.float32))))
+
+    def step(q: jax.Array, fixed: Any) -> jax.Array:
+        return run(q, *fixed)[0]
+
+    taken, _ = seconds_of(step, jnp.copy(q), (k, v), sizes.seconds)
+    return taken, error
+
+
+def report(quick: bool, allow_cpu: bool) -> int:
+    """Print the table. 1 where a kernel failed or a result is not the reference's."""
+    device = jax.devices()[0]
+    platform = device.platform
+    if platform == "cpu" and not allow_cpu:
+        print(
+            "jax finds no TPU and no GPU, so there is nothing to time: on this machine the kernels can be simulated "
+            "(make test-slow) and compiled (make aot). --allow-cpu runs this script on tiny shapes with XLA's paths."
+        )
+        return 0
+    sizes = _CPU if platform == "cpu" else _QUICK if quick else _FULL
+    if platform == "tpu":  # which has no cache before its memory
+        sizes = replace(sizes, cache=0)
+    print(f"{device.device_kind}, jax {jax.__version__}, {sizes.dtype}, {time.strftime('%Y-%m-%d')}")
+    if platform == "cpu":
+        print("a CPU: the shapes are tiny, and their times say nothing of any kernel")
+    bandwidth, rate = copy_bandwidth(sizes), matmul_rate(sizes)
+    print(f"copy: {bandwidth / 1e9:.1f} GB/s read and written; matmul: {rate / 1e12:.3g} TFLOP/s\n")
+    print(f"{'':<44} {'backend':<11} {'a call':>9} {'':>14} {'share':>6}")
+    lines = []
+    for line in itertools.chain(decode_lines(sizes, platform, bandwidth), prefill_lines(sizes, platform, rate)):
+        print(line, flush=True)
+        lines.append(line)
+    print("\nshare: of the copy's bandwidth (decode), of the matmul's rate (prefill)")
+    for name in dict.fromkeys(line.backend for line in lines):
+        for kind in ("decode", "prefill"):
+            found = [line for line in lines if line.backend == name and line.what.startswith(kind)]
+            shares = [line.share for line in found if line.share is not None and "cache" not in line.note]
+            if shares:
+                print(f"{kind} by {name}: median {statistics.median(shares):.0%}, least {min(shares):.0%}")
+    wrong = sum(line.wrong for line in lines)
+    results = wrong + sum(line.seconds is not None and not line.wrong for line in lines)
+    print(f"{wrong} of {results} failed, or are not the reference's")
+    return 1 if wrong else 0
