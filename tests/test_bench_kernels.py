@@ -5,22 +5,12 @@ from __future__ import annotations
 import importlib
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
-
-
-@pytest.fixture(autouse=True)
-def quickly_compiled() -> Iterator[None]:
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -219,11 +219,12 @@ def _time_paged(
 ) -> tuple[float, float, int]:
     """Seconds of one call, the largest difference from the reference relative to the largest number, sets of pages."""
     width = -(-int(kv_len.max()) // case.page_size)
-    set_bytes = len(kv_len) * width * int(np.prod(backend.pool_shape(case, 1))) * jnp.dtype(case.dtype).itemsize
+    page = backend.abstract_pool(case, 1)
+    set_bytes = len(kv_len) * width * page.size * page.dtype.itemsize
     num_sets = max(1, min(-(-2 * sizes.cache // set_bytes), _MAX_SETS, _memory() // set_bytes))
     num_pages = num_sets * len(kv_len) * width + 1
     dtype, keys = jnp.dtype(case.dtype), jax.random.split(jax.random.key(0), 4)
-    pool = jax.jit(lambda: jax.random.normal(keys[0], backend.pool_shape(case, num_pages), dtype))()
+    pool = jax.jit(lambda: jax.random.normal(keys[0], (num_pages, *page.shape[1:]), dtype))()
     tokens = int(new.sum())
     q = jax.random.normal(keys[1], (tokens, case.num_heads, case.head_dim), dtype)
     k, v = (jax.random.normal(key, (tokens, case.num_kv_heads, case.head_dim), dtype) for key in keys[2:])
