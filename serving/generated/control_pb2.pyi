@@ -1,4 +1,4 @@
-# Made by scripts/generate_protos.py from protos/jaxinfer/v1/control.proto, sha256 e37073bca1ae4326903776564a406532ea329482113ba9c905a012375e0edf76
+# Made by scripts/generate_protos.py from protos/jaxinfer/v1/control.proto, sha256 dfb61ebd3c2f188f45b4deb6c852f2900c78ec99ff4eea01687a4434caa4a24e
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
