@@ -17,7 +17,7 @@ BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 
 @pytest.fixture(autouse=True)
 def quickly_compiled() -> Iterator[None]:
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
