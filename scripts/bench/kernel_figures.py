@@ -42,7 +42,8 @@ _CHECKED = 32  # queries at either end of a prompt that are held to the referenc
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed. cache: bytes, more than the chip's last cache holds; seconds: of the longer of two runs."""
+    """What is timed. cache: bytes, more than the chip's last cache holds; seconds: what is timed takes so long, unless
+    that were more than so many calls."""
 
     dtype: str
     copy_bytes: int
@@ -55,6 +56,7 @@ class Sizes:
     prompt: int
     cache: int
     seconds: float
+    calls: int
 
 
 _HEADS = (("GQA 8", 64, 8), ("MQA", 48, 1))
@@ -70,13 +72,14 @@ _FULL = Sizes(
     prompt=16384,
     cache=2**27,
     seconds=0.1,
+    calls=2**14,
 )
 _QUICK = replace(_FULL, batches=(1, 32), contexts=(1024, 8192), page_sizes=(16,), seconds=0.03)
-_CPU = Sizes("float32", 2**20, 64, (2,), (40,), (8,), (("GQA 2", 4, 2),), 8, 48, 1, 0.002)
+_CPU = Sizes("float32", 2**20, 64, (2,), (40,), (8,), (("GQA 2", 4, 2),), 8, 48, 1, 0.001, 4)
 
 
-def seconds_of(step: Callable[[Any, Any], Any], state: Any, fixed: Any, at_least: float) -> tuple[float, Any]:
-    """Seconds of one `step(state, fixed)` of many in a row, and the last state. `state` is given away."""
+def seconds_of(step: Callable[[Any, Any], Any], state: Any, fixed: Any, sizes: Sizes) -> float:
+    """Seconds of one `step(state, fixed)` of many in a row. `state` is given away."""
 
     def times(count: int) -> Callable[[Any], tuple[float, Any]]:
         def run(state: Any, fixed: Any) -> Any:
@@ -91,25 +94,26 @@ def seconds_of(step: Callable[[Any, Any], Any], state: Any, fixed: Any, at_least
 
         return timed
 
-    few = times(1)
+    few, count = times(1), 4
     _, state = few(jax.block_until_ready(state))
-    once, state = few(state)
-    count = min(max(int(at_least / once), 4), 1000)
-    many = times(count + 1)
-    _, state = many(state)
-    found = []
-    for _ in range(5):
-        short, state = few(state)
-        long, state = many(state)
-        found.append((long - short) / count)
-    return max(statistics.median(found), 1e-12), state
+    while True:
+        many, found = times(1 + count), []
+        _, state = many(state)
+        for _ in range(5):
+            short, state = few(state)
+            long, state = many(state)
+            found.append(long - short)
+        taken = statistics.median(found)
+        if taken >= sizes.seconds or count >= sizes.calls:
+            return max(taken / count, 1e-9)
+        count = min(int(count * 1.3 * sizes.seconds / max(taken, sizes.seconds / 64)) + 1, sizes.calls)
 
 
 def copy_bandwidth(sizes: Sizes) -> float:
     """Bytes read and written in a second."""
     numbers = jnp.zeros(sizes.copy_bytes // 4, jnp.int32)
     # The barrier keeps a compiler that unrolls the loop from passing over the numbers once for several turns.
-    taken, _ = seconds_of(lambda x, _: lax.optimization_barrier(x + 1), numbers, None, sizes.seconds)
+    taken = seconds_of(lambda x, _: lax.optimization_barrier(x + 1), numbers, None, sizes)
     return 2 * numbers.nbytes / taken
 
 
@@ -117,7 +121,7 @@ def matmul_rate(sizes: Sizes) -> float:
     """Operations in a second of square matrices of normal numbers."""
     n = sizes.matmul
     x, w = (jax.random.normal(jax.random.key(i), (n, n), jnp.dtype(sizes.dtype)) for i in range(2))
-    taken, _ = seconds_of(lambda x, w: x @ w, x, w * n**-0.5, sizes.seconds)
+    taken = seconds_of(lambda x, w: x @ w, x, w * n**-0.5, sizes)
     return 2 * n**3 / taken
 
 
@@ -198,7 +202,7 @@ def _to_reference(backend: str, case: AttentionCase, pages: jax.Array) -> jax.Ar
 def _paged_error(
     backend: str, case: AttentionCase, q: jax.Array, out: jax.Array, pool: jax.Array, batch: RaggedBatch, row: int
 ) -> float:
-    """The largest difference from the reference of a row's last queries, once its keys are in the pool."""
+    """How far a row's last queries are from the reference, once its keys are in the pool."""
     starts = np.asarray(batch.query_start)
     count = min(int(starts[row + 1] - starts[row]), _CHECKED)
     own = slice(int(starts[row + 1]) - count, int(starts[row + 1]))
@@ -209,7 +213,7 @@ def _paged_error(
         expected, _ = paged_reference(
             q.astype(jnp.float32), None, None, pages, own_table, jnp.array([0, count]), length[None], scale=case.scale
         )
-        return jnp.max(jnp.abs(expected - out.astype(jnp.float32)))
+        return _relative(out, expected)
 
     return float(error(q[own], out[own], pool, batch.page_tables[0][row], batch.kv_len[row]))
 
@@ -217,7 +221,7 @@ def _paged_error(
 def _time_paged(
     backend: paged_attention.Backend, case: AttentionCase, kv_len: np.ndarray, new: np.ndarray, sizes: Sizes
 ) -> tuple[float, float, int]:
-    """Seconds of one call, the largest difference from the reference relative to the largest number, sets of pages."""
+    """Seconds of one call, how far it is from the reference, and the sets of pages."""
     width = -(-int(kv_len.max()) // case.page_size)
     page = backend.abstract_pool(case, 1)
     set_bytes = len(kv_len) * width * page.size * page.dtype.itemsize
@@ -236,8 +240,7 @@ def _time_paged(
     out, pool = once((jnp.copy(q), pool), (k, v, sets[:1]))
     rows = {0, len(kv_len) - 1}
     error = max(_paged_error(backend.name, case, q, out, pool, batches[0], row) for row in rows)
-    error /= float(jnp.max(jnp.abs(out.astype(jnp.float32))))
-    taken, _ = seconds_of(functools.partial(_attend, backend, case), (q, pool), (k, v, sets), sizes.seconds)
+    taken = seconds_of(functools.partial(_attend, backend, case), (q, pool), (k, v, sets), sizes)
     return taken / num_sets, error, num_sets
 
 
@@ -254,6 +257,12 @@ def _case(sizes: Sizes, platform: str, num_heads: int, num_kv_heads: int, page_s
         has_sinks=False,
         platform=platform,
     )
+
+
+def _relative(out: jax.Array, expected: jax.Array) -> jax.Array:
+    """The largest difference, over the largest number of these queries: those of long contexts are small."""
+    difference = jnp.abs(out.astype(jnp.float32) - expected.astype(jnp.float32))
+    return jnp.max(difference) / jnp.max(jnp.abs(expected.astype(jnp.float32)))
 
 
 def _verdict(error: float, dtype: str) -> tuple[str, bool]:
@@ -349,26 +358,21 @@ def _cudnn(case: FlashCase, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[j
 def _time_flash(
     attend: Callable[..., Any], case: FlashCase, arrays: list[jax.Array], sizes: Sizes
 ) -> tuple[float, float]:
-    """Seconds of one call, and the largest difference from the reference relative to the largest number."""
+    """Seconds of one call, and how far it is from the reference."""
     q, k, v = arrays
     run = functools.partial(attend, case)
     out = jax.jit(lambda q, k, v: run(q, k, v)[0])(q, k, v)
-    error = 0.0
+    errors = []
     for first in (0, q.shape[1] - _CHECKED):
-        own = slice(first, first + _CHECKED)
-        queries = q[:, own]
-        seen = first + _CHECKED
-        expected, _ = jax.jit(functools.partial(flash_reference, case, q_start=first))(
-            queries, k[:, :seen], v[:, :seen]
-        )
-        error = max(error, float(jnp.max(jnp.abs(expected - out[:, own]).astype(jnp.float32))))
-    error /= float(jnp.max(jnp.abs(out.astype(jnp.float32))))
+        own, seen = slice(first, first + _CHECKED), first + _CHECKED
+        reference = jax.jit(functools.partial(flash_reference, case, q_start=first))
+        expected, _ = reference(q[:, own], k[:, :seen], v[:, :seen])
+        errors.append(float(_relative(out[:, own], expected)))
 
     def step(q: jax.Array, fixed: Any) -> jax.Array:
         return run(q, *fixed)[0]
 
-    taken, _ = seconds_of(step, jnp.copy(q), (k, v), sizes.seconds)
-    return taken, error
+    return seconds_of(step, jnp.copy(q), (k, v), sizes), max(errors)
 
 
 def report(quick: bool, allow_cpu: bool) -> int:
