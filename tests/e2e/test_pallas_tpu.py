@@ -42,3 +42,15 @@ def test_equals_forward_and_xla(simulated_tpu: None) -> None:
         for output in outputs[name]:
             twin.check(output)
     assert tokens_of(outputs["pallas_tpu"]) == tokens_of(outputs["xla"])
+
+
+@pytest.mark.slow
+def test_eight_bits_equal_xla(simulated_tpu: None) -> None:
+    """Llama 3, made small: chunks, decodes, and a second page."""
+    loaded = load_model(GOLDENS / "llama3_gqa")
+    settings = {"max_model_len": 64, "page_size": 32, "max_num_seqs": 3, "max_num_batched_tokens": 8, "num_pages": 8}
+    prompts, outputs = random_prompts(7, 29, 1, 5), {}
+    for name in ("pallas_tpu", "xla"):
+        engine = make_engine(loaded, attention_backend=name, kv_cache_dtype="int8", **settings)
+        outputs[name] = run(engine, prompts, greedy(6))
+    assert tokens_of(outputs["pallas_tpu"]) == tokens_of(outputs["xla"])
