@@ -45,6 +45,7 @@ from pallas_kernels.flash_attention import gpu as flash_gpu
 from pallas_kernels.flash_attention import tpu as flash_tpu
 from pallas_kernels.paged_attention import gpu, gpu_layout, tpu
 from pallas_kernels.paged_attention.cases import CASES, ModelCase
+from pallas_kernels.paged_attention.quantized import QuantizedPool
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}
 # Bytes a second and bytes of memory; the rest of a Hopper chip is the same.
@@ -64,16 +65,17 @@ device_description_str: "{}"
 STEPS = ((256, 64, 128), (1, 8, 512))
 NUM_PAGES = 8192
 FLASH_TOKENS = (2048, 20)
-QUICK_CHIPS, QUICK_CASES = ("v6e", "h100"), ("Llama 3.1 8B", "Gemma 2 9B, window", "gpt-oss 20B, window")
+QUICK_CHIPS = ("v6e", "h100")
+QUICK_CASES = ("Llama 3.1 8B", "Gemma 2 9B, window", "gpt-oss 20B, window", "Llama 3.1 8B, int8 cache")
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is compiled: a label, how, and the pool that it must update in place."""
+    """What is compiled: a label, how, and the pool, one array or a tree of them, that it must update in place."""
 
     label: str
     compile: Callable[[Mesh], Any]
-    pool: tuple[tuple[int, ...], str] | None = None
+    pool: Any = None
 
 
 def target(chip: str) -> Mesh:
@@ -115,11 +117,14 @@ def paged(kernel: Any, case: ModelCase, step: tuple[int, int, int], writes: bool
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(case.dtype))
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     new = array((num_tokens, case.num_kv_heads, case.head_dim))
-    pool = kernel.pool_shape(case, NUM_PAGES)
+    held = array if case.kv_dtype is None else functools.partial(array, dtype=jnp.dtype(case.kv_dtype))
+    pool = held(kernel.pool_shape(case, NUM_PAGES))
+    if case.kv_dtype is not None:
+        pool = QuantizedPool(pool, jax.ShapeDtypeStruct(kernel.scales_shape(case, NUM_PAGES), jnp.float32))
     arguments = (
         array((num_tokens, case.num_heads, case.head_dim)),
         (new, new if case.latent_dim is None else None) if writes else None,
-        array(pool),
+        pool,
         integers((num_rows, width)),
         integers((num_rows + 1,)),
         integers((num_rows,)),
@@ -131,7 +136,7 @@ def paged(kernel: Any, case: ModelCase, step: tuple[int, int, int], writes: bool
     return Program(
         label,
         lambda mesh: compiled(mesh, attention, arguments, donate_argnums=2),
-        (pool, case.dtype),
+        pool,
     )
 
 
@@ -200,18 +205,19 @@ def resources(chip: str, text: str, output: str) -> str:
     return f"{shared / 1024:.0f} KiB shared, {max(registers)} registers, {spills} B spilled"
 
 
-def pool_problems(program: Any, pool: tuple[tuple[int, ...], str]) -> list[str]:
+def pool_problems(program: Any, pool: Any) -> list[str]:
     """Why a compiled program does not update the pool in place."""
-    shape, dtype = pool
-    size = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+    arrays = jax.tree.leaves(pool)
+    size = sum(array.size * array.dtype.itemsize for array in arrays)
     memory, problems = program.memory_analysis(), []
     if memory.alias_size_in_bytes != size:
         problems.append(f"{memory.alias_size_in_bytes} bytes are aliased, the pool has {size}")
     if memory.temp_size_in_bytes >= size:
         problems.append(f"{memory.temp_size_in_bytes} bytes of temporaries have room for a copy of the pool")
-    dimensions = ",".join(map(str, shape))
-    if re.search(rf"\[{dimensions}\][^=]* (copy|copy-start|fusion|transpose|reshape)\(", program.as_text()):
-        problems.append("the pool is copied")
+    for array in arrays:
+        dimensions = ",".join(map(str, array.shape))
+        if re.search(rf"\[{dimensions}\][^=]* (copy|copy-start|fusion|transpose|reshape)\(", program.as_text()):
+            problems.append(f"the pool's {array.dtype.name} are copied")
     return problems
 
 
@@ -223,10 +229,12 @@ def report(chip: str, mesh: Mesh, program: Program) -> bool:
             result = program.compile(mesh)
         output = text[0]
         used = resources(chip, result.as_text(), output)
-        problems = pool_problems(result, program.pool) if program.pool else []
+        problems = [] if program.pool is None else pool_problems(result, program.pool)
     except Exception as error:  # whatever the compiler says of one case, the others are still compiled
         problems = [f"{type(error).__name__}: {str(error)[:500]}"]
-    verdict = "FAILED " + "; ".join(problems) if problems else "in place, no copy" if program.pool else "compiled"
+    verdict = (
+        "FAILED " + "; ".join(problems) if problems else "compiled" if program.pool is None else "in place, no copy"
+    )
     print(f"  {program.label:<66} {used:<48} {verdict}  ({time.perf_counter() - started:.1f} s)", flush=True)
     return not problems
 

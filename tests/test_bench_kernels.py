@@ -31,10 +31,12 @@ def test_on_tiny_shapes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert bench(monkeypatch, "--allow-cpu") == 0
     out = capsys.readouterr().out
     assert "decode, GQA 2, pages of 8, 2 x 40" in out
+    assert "decode, GQA 2, pages of 8, int8, 2 x 40" in out
+    assert "of the time with float32" in out
     assert "pallas_gpu" in out
     assert "the platform is cpu, not gpu" in out
     assert "prefill by xla: median" in out
-    assert "0 of 3 failed, or are not the reference's" in out
+    assert "0 of 4 failed, or are not the reference's" in out
 
 
 def test_results_that_are_not_the_references(

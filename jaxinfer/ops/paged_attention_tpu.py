@@ -22,7 +22,8 @@ def supports(case: AttentionCase) -> str | None:
 
 
 def abstract_pool(case: AttentionCase, num_pages: int) -> Any:
-    return pool_arrays(case, tpu_layout.pool_shape(case, num_pages), None)
+    scales = None if case.kv_dtype is None else tpu_layout.scales_shape(case, num_pages)
+    return pool_arrays(case, tpu_layout.pool_shape(case, num_pages), scales)
 
 
 def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> tuple[Rows, ...]:

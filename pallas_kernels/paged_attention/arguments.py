@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from pallas_kernels.paged_attention.quantized import QuantizedPool
+
 if TYPE_CHECKING:
     from pallas_kernels.paged_attention.tpu_layout import Case
 
@@ -15,16 +17,17 @@ def check(
     kernel: str,
     supports: Callable[[Case], str | None],
     pool_shape: Callable[[Case, int], tuple[int, ...]],
+    scales_shape: Callable[[Case, int], tuple[int, ...]] | None,
     case: Case,
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    pool: jax.Array,
+    pool: jax.Array | QuantizedPool,
     sinks: jax.Array | None,
 ) -> None:
     """ValueError, with the values, for a case that the kernel does not serve and for arrays that are not the case's.
 
-    supports, pool_shape: the kernel's own.
+    supports, pool_shape, scales_shape: the kernel's own; the last is None where it serves no quantized case.
     """
     reason = supports(case)
     if reason is not None:
@@ -36,7 +39,15 @@ def check(
         raise ValueError("one of k and v is None; give both, or neither where the pool holds them")
     shape = (q.shape[0], case.num_kv_heads, case.head_dim)
     expected |= {name: (array, shape) for name, array in (("k", k), ("v", v)) if array is not None}
-    expected["pool"] = (pool, pool_shape(case, pool.shape[0]))
+    if (case.kv_dtype is not None) != isinstance(pool, QuantizedPool):
+        raise ValueError(f"kv_dtype={case.kv_dtype}, but the pool is {type(pool).__name__}")
+    if isinstance(pool, QuantizedPool):
+        assert scales_shape is not None
+        data = pool.data
+        expected["pool.scales"] = (pool.scales, scales_shape(case, data.shape[0]))
+    else:
+        data = pool
+    expected["pool"] = (data, pool_shape(case, data.shape[0]))
     if case.has_sinks != (sinks is not None):
         raise ValueError(f"has_sinks={case.has_sinks}, but sinks are {'given' if sinks is not None else 'missing'}")
     if sinks is not None:
@@ -44,5 +55,6 @@ def check(
     for name, (array, shape) in expected.items():
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}; this case needs {shape}")
-    if pool.dtype.name != case.dtype:
-        raise ValueError(f"the pool is of {pool.dtype.name}; this case needs {case.dtype}")
+    held = case.kv_dtype or case.dtype
+    if data.dtype.name != held:
+        raise ValueError(f"the pool is of {data.dtype.name}; this case needs {held}")

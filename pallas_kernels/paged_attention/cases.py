@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+FP8 = "float8_e4m3fn"
+
 
 @dataclass(frozen=True)
 class ModelCase:
@@ -53,6 +55,13 @@ CASES: tuple[ModelCase, ...] = (
     _case("head dim 192", 16, 4, 192),
     _case("Llama 3.1 8B, float32", 32, 8, 128, dtype="float32"),
     _case("Llama 3.1 8B, pages of 64", 32, 8, 128, page_size=64),
+    _case("Llama 3.1 8B, int8 cache", 32, 8, 128, page_size=32, kv_dtype="int8"),
+    _case("Llama 3.1 8B, float8 cache, pages of 64", 32, 8, 128, page_size=64, kv_dtype=FP8),
+    _case("Llama 3.1 70B, one of 8 tensor shards, int8 cache", 8, 1, 128, page_size=32, kv_dtype="int8"),
+    _case("Gemma 3 27B, window, float8 cache", 32, 16, 128, scale=168**-0.5, window=1024, page_size=32, kv_dtype=FP8),
+    _case("gpt-oss 20B, window, int8 cache", 64, 8, 64, has_sinks=True, window=128, page_size=32, kv_dtype="int8"),
+    _case("Llama 2 7B (MHA), int8 cache", 32, 32, 128, page_size=32, kv_dtype="int8"),
+    _case("DeepSeek V3 (MLA), int8 cache", 128, 1, 576, latent_dim=512, scale=0.1352, page_size=32, kv_dtype="int8"),
     _case("DeepSeek V2 Lite (MLA)", 16, 1, 576, latent_dim=512, scale=0.1147),
     _case("DeepSeek V3 (MLA)", 128, 1, 576, latent_dim=512, scale=0.1352),
     _case("DeepSeek V3, one of 8 tensor shards", 16, 1, 576, latent_dim=512, scale=0.1352),

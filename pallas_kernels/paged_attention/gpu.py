@@ -124,7 +124,7 @@ def paged_attention(
     interpret: an `InterpretGPUParams`, to simulate on a CPU.
     Returns ([T, N, H] in q's dtype, zero for padding tokens; the pool).
     """
-    check("GPU", supports, pool_shape, case, q, k, v, pool, sinks)
+    check("GPU", supports, pool_shape, None, case, q, k, v, pool, sinks)
     blocks = blocks or choose_blocks(case, chip_name())
     padded = pool.shape[-1]
 

@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits, each vector of a token and head with a scale of its own.
+"""Keys and values in 8 bits, each vector, of a token and head, with a scale of its own.
 
 x is kept as data * scale, scale = max |x| / the largest number of data's dtype: symmetric, taken from the vector alone,
 so that nothing is calibrated and no token's key depends on another's. A logit is then the product of query and data
@@ -23,7 +23,8 @@ _LEAST = 1e-30  # vectors of smaller numbers are kept as zeros, so that 1 / scal
 class QuantizedPool:
     """A layer's pool: data int8 or float8, scales float32. Axis 0 of both is pages, the rest the backend's own layout.
 
-    A scale that is not finite says that the key is not. Values are finite (whoever writes sees to it).
+    A key that begins with its value has one scale for both. A scale that is not finite says that the key is not. Values
+    are finite (whoever writes sees to it).
     """
 
     data: Any
@@ -42,4 +43,4 @@ def quantize(x: jax.Array, dtype: str) -> tuple[jax.Array, jax.Array]:
 
 def value_scales(scales: jax.Array) -> jax.Array:
     """Scales as weights are multiplied with: 0 where a slot holds none, or those of a key that is not finite."""
-    return jnp.where(jnp.isfinite(scales), scales, 0)
+    return jnp.where(jnp.abs(scales) < jnp.inf, scales, 0)

@@ -16,12 +16,17 @@ queries can see with a running softmax (FlashAttention, arXiv:2205.14135), in fl
 Where the devices of a mesh share the keys of a sequence, one by one (striped attention, arXiv:2311.09431), each runs
 the kernel over the keys it has, writes those of this step's that are its own, and gives its part of the softmax.
 
+Of a quantized pool (quantized.py) blocks in scratch memory have 8 bits a number, and a head's part of one is widened as
+it goes to the matrix unit. A page's scales are copied with it; once a block they are sorted by head into rows of keys,
+which logits and weights are multiplied with.
+
 Page tables are in scalar memory. Where a batch's tables do not fit there, the rows are served in groups, by one call
 each, which pass pool and output on in place.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,19 +37,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention.arguments import check
+from pallas_kernels.paged_attention.quantized import QuantizedPool, quantize
 from pallas_kernels.paged_attention.tpu_kernel import MASKED, Kernel
 from pallas_kernels.paged_attention.tpu_layout import (
     LANES,
-    WRITE_DEPTH,
+    PIECE,
+    PIECES,
     Blocks,
     Case,
     Layout,
     choose_blocks,
     pool_shape,
+    round_up,
+    scales_shape,
     supports,
 )
 
-__all__ = ["Rows", "chip_name", "paged_attention", "pool_shape", "prepare", "supports"]
+__all__ = ["Pool", "Rows", "chip_name", "paged_attention", "pool_shape", "prepare", "scales_shape", "supports"]
+
+Pool = jax.Array | QuantizedPool
 
 TABLE_BYTES = 512 * 1024  # of scalar memory (1 MiB) for the page tables of one call
 
@@ -136,19 +147,20 @@ def paged_attention(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    pool: jax.Array,
+    pool: Pool,
     rows: tuple[Rows, ...],
     num_tokens: jax.Array,
     sinks: jax.Array | None = None,
     *,
     blocks: Blocks | None = None,
     interpret: Any = False,
-) -> tuple[Any, jax.Array]:
+) -> tuple[Any, Pool]:
     """Write k and v into their pages, then let every query see its sequence's keys up to its own position.
 
     q [T, N, H]; k and v [T, K, H], or None when the pool holds this step's keys and values already; v is None in a case
     with a latent_dim, whose keys begin with their values.
-    pool: of `pool_shape`, updated in place where the caller donated it. rows: of `prepare`.
+    pool: of `pool_shape` (quantized: and `scales_shape`), updated in place where the caller donated it. rows: of
+    `prepare`.
     num_tokens int32 []: real tokens; sinks [N] when the case has them.
     blocks: other sizes than the chip's table gives. interpret: as of `pallas_call`.
     Returns ([T, N, H or latent_dim] in q's dtype, zero for padding tokens; the pool). Of a case whose keys several
@@ -156,16 +168,16 @@ def paged_attention(
     float32 [T, N]; 0 and -inf for a query that saw no key here. The sinks are of place 0.
     """
     layout, place = Layout.of(case), rows[0].place
-    check("TPU", supports, pool_shape, case, q, k, v, pool, sinks)
+    check("TPU", supports, pool_shape, scales_shape, case, q, k, v, pool, sinks)
     if (case.context > 1) != (place is not None):
         raise ValueError(f"context={case.context}, but rows with place={place}; prepare them for the same context")
     table_width = rows[0].table.shape[0] // (rows[0].query_start.shape[0] - 2)
     blocks = blocks or choose_blocks(case, q.shape[0], table_width, chip_name())
     padding = ((0, 0), (0, layout.heads - case.num_heads), (0, layout.key_lanes - case.head_dim))
-    queries = jnp.pad(q.astype(pool.dtype), padding)
+    queries = jnp.pad(q.astype(case.dtype), padding)
     new = None
     if k is not None:
-        new = _side_by_side(case, layout, k.astype(pool.dtype), None if v is None else v.astype(pool.dtype))
+        new = _as_written(case, layout, k, v)
     sink_rows = None
     if sinks is not None:
         if place is not None:
@@ -184,6 +196,20 @@ def paged_attention(
     return mixed.astype(q.dtype), pool
 
 
+def _as_written(case: Case, layout: Layout, k: jax.Array, v: jax.Array | None) -> tuple[jax.Array, ...]:
+    """k and v [T, K, H], or k alone -> as in a page [T, padded K, W]; of a quantized pool the numbers it is to hold,
+    in the case's dtype, which has them all, and scales [T, R, 128], each as often as a tile has tokens."""
+    kinds = [k] if v is None else [k, v]
+    scales = ()
+    if case.kv_dtype is not None:
+        kinds, parts = zip(*(quantize(kind, case.kv_dtype) for kind in kinds), strict=True)
+        by_head = jnp.stack(parts, axis=-1).reshape(k.shape[0], -1)  # [T, K * kinds]
+        by_head = jnp.pad(by_head, ((0, 0), (0, PIECES * layout.scale_rows - by_head.shape[1])))
+        scales = (jnp.repeat(by_head, PIECE, axis=1).reshape(-1, layout.scale_rows, LANES),)
+    k, *values = (kind.astype(case.dtype) for kind in kinds)
+    return _side_by_side(case, layout, k, values[0] if values else None), *scales
+
+
 def _side_by_side(case: Case, layout: Layout, k: jax.Array, v: jax.Array | None) -> jax.Array:
     """k and v [T, K, H], or k alone -> [T, padded K, W], as in a page."""
     head_dim, heads = case.head_dim, (0, layout.kv_heads - case.num_kv_heads)
@@ -198,66 +224,72 @@ def _call(
     case: Case,
     blocks: Blocks,
     queries: jax.Array,
-    new: jax.Array | None,
-    pool: jax.Array,
+    new: tuple[jax.Array, ...] | None,
+    pool: Pool,
     out: jax.Array | None,
     rows: Rows,
     num_tokens: jax.Array,
     sinks: jax.Array | None,
     fills: bool,
     interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pool]:
     """One pallas_call, for some rows. out: of the calls before; fills: zero the padding tokens."""
     layout = Layout.of(case)
     numbers = jnp.stack([num_tokens] if rows.place is None else [num_tokens, rows.place])
     scalars = (rows.table, rows.query_start, rows.kv_len, rows.next_row, rows.next_chunk, numbers)
     in_memory = pl.BlockSpec(memory_space=pl.ANY)
-    arrays: dict[str, jax.Array] = {"queries": queries, "pool_in": pool}
-    if new is not None:
-        arrays["new"] = new
+    held = [pool.data, pool.scales] if isinstance(pool, QuantizedPool) else [pool]
+    arrays: dict[str, jax.Array] = {"queries": queries}
+    arrays |= zip(("pool_in", "scales_in"), held, strict=False)
+    arrays |= zip(("new", "new_scales"), new or (), strict=False)
     if out is not None:
         arrays["out_in"] = out
     if sinks is not None:
         arrays["sinks"] = sinks
     names = tuple(arrays)
-    aliases = {len(scalars) + names.index("pool_in"): 1}
+    aliases = {len(scalars) + names.index("pool_in") + index: 1 + index for index in range(len(held))}
     if out is not None:
         aliases[len(scalars) + names.index("out_in")] = 0
     scratch = _scratch(case, layout, blocks, writes=new is not None)
+    # Scales are so few that XLA would bring them all to scratch memory before the call, and back after it.
+    pool_array = pltpu.HBM if layout.kinds else jax.ShapeDtypeStruct
     out_shape = (queries.shape[0], layout.heads, layout.out_lanes)
 
     def kernel(*refs: Any) -> None:
         scalar_refs, refs = refs[: len(scalars)], refs[len(scalars) :]
-        inputs, (out_ref, pool_ref), buffers = refs[: len(names)], refs[len(names) :][:2], refs[len(names) + 2 :]
+        inputs, refs = refs[: len(names)], refs[len(names) :]
+        (out_ref, *held_refs), buffers = refs[: 1 + len(held)], refs[1 + len(held) :]
         named = dict(zip(names, inputs, strict=True)) | dict(zip(scratch, buffers, strict=True))
-        Kernel(case, layout, blocks, queries.shape[0], scalar_refs, out_ref, pool_ref, named, fills).run()
+        Kernel(case, layout, blocks, queries.shape[0], scalar_refs, out_ref, held_refs, named, fills).run()
 
-    return pl.pallas_call(
+    out, *held = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM) if n == "sinks" else in_memory for n in names],
-            out_specs=[in_memory, in_memory],
+            out_specs=[in_memory] * (1 + len(held)),
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[
             jax.ShapeDtypeStruct(out_shape, _out_dtype(case)),
-            jax.ShapeDtypeStruct(pool.shape, pool.dtype),
+            *(pool_array(array.shape, array.dtype) for array in held),
         ],
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=blocks.vmem_limit_bytes),
-        cost_estimate=_cost(case, layout, queries, new, pool, rows),
+        cost_estimate=_cost(case, layout, queries, new, held, rows),
         interpret=interpret,
         name="paged_attention",
     )(*scalars, *arrays.values())
+    return out, QuantizedPool(*held) if isinstance(pool, QuantizedPool) else held[0]
 
 
 def _scratch(case: Case, layout: Layout, blocks: Blocks, writes: bool) -> dict[str, Any]:
     dtype, heads, tile = jnp.dtype(case.dtype), case.num_kv_heads, blocks.tile_tokens
+    held = jnp.dtype(case.kv_dtype or case.dtype)
     rows = _state_rows(case, layout, blocks)
     flat = tile * layout.heads + layout.group
     scratch = {
-        "pages": pltpu.VMEM((blocks.slots, blocks.pages, heads, case.page_size, layout.width), dtype),
+        "pages": pltpu.VMEM((blocks.slots, blocks.pages, heads, case.page_size, layout.width), held),
         "pages_sem": pltpu.SemaphoreType.DMA((blocks.slots,)),
         "q": pltpu.VMEM((2, tile, layout.heads, layout.key_lanes), dtype),
         "q_sem": pltpu.SemaphoreType.DMA((2,)),
@@ -273,14 +305,21 @@ def _scratch(case: Case, layout: Layout, blocks: Blocks, writes: bool) -> dict[s
     }
     if writes:
         scratch |= {
-            "fresh": pltpu.VMEM((WRITE_DEPTH, layout.rows, layout.kv_heads, layout.width), dtype),
-            "fresh_sem": pltpu.SemaphoreType.DMA((WRITE_DEPTH,)),
+            "fresh": pltpu.VMEM((layout.write_depth, layout.rows, layout.kv_heads, layout.width), dtype),
+            "fresh_sem": pltpu.SemaphoreType.DMA((layout.write_depth,)),
             "fresh_flat": _flat(layout.rows * layout.kv_heads, layout.width),
-            "stage": pltpu.VMEM((WRITE_DEPTH, heads, layout.rows, layout.width), dtype),
-            "read_sem": pltpu.SemaphoreType.DMA((WRITE_DEPTH,)),
-            "write_sem": pltpu.SemaphoreType.DMA((WRITE_DEPTH,)),
-            "writing": pltpu.SMEM((WRITE_DEPTH,), jnp.int32),
+            "stage": pltpu.VMEM((layout.write_depth, heads, layout.rows, layout.width), held),
+            "read_sem": pltpu.SemaphoreType.DMA((layout.write_depth,)),
+            "write_sem": pltpu.SemaphoreType.DMA((layout.write_depth,)),
+            "writing": pltpu.SMEM((layout.write_depth,), jnp.int32),
         }
+    if layout.kinds:
+        slab, keys = (layout.scale_rows, LANES), blocks.pages * case.page_size
+        scratch["scales"] = pltpu.VMEM((blocks.slots, *scales_shape(case, blocks.pages)), jnp.float32)
+        scratch["head_scales"] = pltpu.VMEM((PIECES, layout.scale_rows, round_up(keys, LANES)), jnp.float32)
+        if writes:
+            scratch["fresh_scales"] = pltpu.VMEM((layout.write_depth, layout.rows, *slab), jnp.float32)
+            scratch["scales_stage"] = pltpu.VMEM((layout.write_depth, *slab), jnp.float32)
     return scratch
 
 
@@ -299,23 +338,29 @@ def _state_rows(case: Case, layout: Layout, blocks: Blocks) -> int:
 
 
 def _cost(
-    case: Case, layout: Layout, queries: jax.Array, new: jax.Array | None, pool: jax.Array, rows: Rows
+    case: Case,
+    layout: Layout,
+    queries: jax.Array,
+    new: tuple[jax.Array, ...] | None,
+    pool: list[jax.Array],
+    rows: Rows,
 ) -> pl.CostEstimate:
     """The most that a batch of these shapes can cost: tables full, their pages all different, as far as the pool goes.
 
     Lengths are not known when the program is compiled.
     """
     num_tokens, num_rows = queries.shape[0], min(queries.shape[0], rows.kv_len.shape[0] - 1)
-    pages = min(pool.shape[0], rows.table.shape[0])
+    pages = min(pool[0].shape[0], rows.table.shape[0])
     keys = pages * case.page_size
     if case.window is not None:
         keys = min(keys, num_rows * ((case.window + num_tokens // num_rows) // case.context + case.page_size))
     pairs = keys * -(-num_tokens // num_rows) * case.num_heads
-    moved = keys * case.num_kv_heads * layout.width + num_tokens * layout.heads * layout.key_lanes
-    moved += 0 if new is None else 2 * new.size
-    moved_out = num_tokens * layout.heads * layout.out_lanes * _out_dtype(case).itemsize
+    moved = keys * sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in pool) // case.page_size
+    moved += num_tokens * layout.heads * layout.key_lanes * layout.itemsize
+    moved += num_tokens * layout.heads * layout.out_lanes * _out_dtype(case).itemsize
+    moved += 0 if new is None else 2 * sum(array.size * array.dtype.itemsize for array in new)
     return pl.CostEstimate(
         flops=2 * pairs * (layout.key_lanes + layout.value_lanes),
         transcendentals=pairs * (1 if case.soft_cap is None else 2),
-        bytes_accessed=moved * layout.itemsize + moved_out,
+        bytes_accessed=moved,
     )

@@ -12,10 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged_attention.tpu_layout import LANES, WRITE_DEPTH, Blocks, Case, Layout
+from pallas_kernels.paged_attention.quantized import value_scales
+from pallas_kernels.paged_attention.tpu_layout import LANES, PIECE, PIECES, Blocks, Case, Layout
 
 MASKED = -1e30  # finite: a block of which a query sees nothing yields numbers, which the next maximum wipes out
-_AHEAD = WRITE_DEPTH // 2  # tiles of a chunk read ahead; as many are being written back
 
 Cursor = tuple[jax.Array, jax.Array, jax.Array]  # row, first query of its tile, first page of the block
 
@@ -30,6 +30,11 @@ def _store(ref: Any, rows: Any, values: jax.Array) -> None:
         ref[column, rows] = values[:, column * LANES : (column + 1) * LANES]
 
 
+def _narrow(values: jax.Array, dtype: Any) -> jax.Array:
+    """float32 numbers as the pool holds them; whole numbers go to 8 bits by way of 32."""
+    return values.astype(jnp.int32).astype(dtype) if dtype == jnp.int8 else values.astype(dtype)
+
+
 class Kernel:
     """The kernel's body: references, sizes, and the steps of the work. Made while it is traced."""
 
@@ -41,27 +46,29 @@ class Kernel:
         num_tokens: int,
         scalars: tuple[Any, ...],
         out: Any,
-        pool: Any,
+        pool: list[Any],
         refs: dict[str, Any],
         fills: bool,
     ) -> None:
         self.case, self.layout, self.blocks, self.refs, self.fills = case, layout, blocks, refs, fills
         self.table, self.query_start, self.kv_len, self.next_row, self.next_chunk, self.numbers = scalars
-        self.out, self.pool, self.num_tokens = out, pool, num_tokens
+        self.out, self.num_tokens = out, num_tokens
+        self.pool, *self.pool_scales = pool  # of a quantized pool one more
         self.num_rows = self.kv_len.shape[0] - 1
         self.table_width = self.table.shape[0] // self.num_rows
         self.group = case.num_heads // case.num_kv_heads
         self.writes = "new" in refs
-        self.dtype = jnp.dtype(case.dtype)
+        self.dtype, self.held_dtype = jnp.dtype(case.dtype), jnp.dtype(case.kv_dtype or case.dtype)
         self.block_keys = blocks.pages * case.page_size
         self.has_chunks = blocks.tile_tokens > 1
         self.gives_parts = case.context > 1
+        self.writes_ahead = layout.write_depth // 2  # tiles of a chunk read ahead; as many are being written back
 
     def run(self) -> None:
         for index in range(2):
             self.refs["o_tokens"][index] = 0
         if self.writes:
-            for index in range(WRITE_DEPTH):
+            for index in range(self.layout.write_depth):
                 self.refs["writing"][index] = 0
             if self.has_chunks:
                 self.write_chunks()
@@ -69,7 +76,7 @@ class Kernel:
         for index in range(2):
             self.finish_output(index)
         if self.writes:
-            for index in range(WRITE_DEPTH):
+            for index in range(self.layout.write_depth):
                 self.finish_write(index)
         if self.fills:
             self.zero_padding()
@@ -158,6 +165,9 @@ class Kernel:
             source = 0 if wait else self.page(row, first + index)
             copy = pltpu.make_async_copy(self.pool.at[source], buffer.at[index], sem)
             (copy.wait if wait else copy.start)()
+            for scales in self.pool_scales:
+                copy = pltpu.make_async_copy(scales.at[source], self.refs["scales"].at[slot, index], sem)
+                (copy.wait if wait else copy.start)()
 
         lax.fori_loop(0, self.block_pages(cursor), one, None)
 
@@ -177,6 +187,10 @@ class Kernel:
                 target, sem = self.refs["fresh"].at[index], self.refs["fresh_sem"].at[index]
                 copy = pltpu.make_async_copy(self.refs["new"].at[pl.ds(first, 1)], target.at[pl.ds(0, 1)], sem)
                 (copy.wait if wait else copy.start)()
+                if self.pool_scales:
+                    source, target = self.refs["new_scales"], self.refs["fresh_scales"].at[index]
+                    copy = pltpu.make_async_copy(source.at[pl.ds(first, 1)], target.at[pl.ds(0, 1)], sem)
+                    (copy.wait if wait else copy.start)()
 
     def send_output(self, first: jax.Array, count: jax.Array, index: jax.Array, *, wait: bool) -> None:
         buffer, sem = self.refs["o"].at[index], self.refs["o_sem"].at[index]
@@ -193,18 +207,24 @@ class Kernel:
 
     def send_write(self, page: jax.Array, slot: jax.Array, index: Any) -> None:
         """Copy a tile of a page back to the pool."""
-        self._stored(page, slot, index).start()
+        for copy in self._stored(page, slot, index):
+            copy.start()
         self.refs["writing"][index] = 1
 
     def finish_write(self, index: Any) -> None:
         @pl.when(self.refs["writing"][index] == 1)
         def _() -> None:
-            self._stored(jnp.int32(0), jnp.int32(0), index).wait()
+            for copy in self._stored(jnp.int32(0), jnp.int32(0), index):
+                copy.wait()
             self.refs["writing"][index] = 0
 
-    def _stored(self, page: jax.Array, slot: jax.Array, index: Any) -> Any:
-        target = self.pool.at[page, :, pl.ds(slot, self.layout.rows)]
-        return pltpu.make_async_copy(self.refs["stage"].at[index], target, self.refs["write_sem"].at[index])
+    def _stored(self, page: jax.Array, slot: jax.Array, index: Any) -> list[Any]:
+        sem, target = self.refs["write_sem"].at[index], self.pool.at[page, :, pl.ds(slot, self.layout.rows)]
+        copies = [pltpu.make_async_copy(self.refs["stage"].at[index], target, sem)]
+        for scales in self.pool_scales:
+            target = scales.at[page, lax.div(slot, PIECE)]
+            copies.append(pltpu.make_async_copy(self.refs["scales_stage"].at[index], target, sem))
+        return copies
 
     def zero_padding(self) -> None:
         """Padding tokens come out as zeros, whatever the memory held."""
@@ -258,10 +278,17 @@ class Kernel:
                 source = self.refs["new"].at[pl.ds(token + offset * self.case.context, size)]
                 return pltpu.make_async_copy(source, buffer.at[pl.ds(slot + offset, size)], sem)
 
-            if self.gives_parts:  # the tokens in between are the other devices'
-                lax.fori_loop(0, count, lambda i, _: some(i, 1).wait() if wait else some(i, 1).start(), None)
-            else:
-                self.tokens(count, rows, some, wait=wait)
+            def some_scales(offset: Any, size: int) -> Any:
+                source = self.refs["new_scales"].at[pl.ds(token + offset * self.case.context, size)]
+                target = self.refs["fresh_scales"].at[index, pl.ds(slot + offset, size)]
+                return pltpu.make_async_copy(source, target, sem)
+
+            for copies in (some, some_scales) if self.pool_scales else (some,):
+                if self.gives_parts:  # the tokens in between are the other devices'
+                    one = functools.partial(copies, size=1)
+                    lax.fori_loop(0, count, lambda i, _, one=one: one(i).wait() if wait else one(i).start(), None)
+                else:
+                    self.tokens(count, rows, copies, wait=wait)
 
             @pl.when(count < rows)
             def _() -> None:
@@ -269,6 +296,10 @@ class Kernel:
                 source = self.pool.at[page, :, pl.ds(first, rows)]
                 copy = pltpu.make_async_copy(source, self.refs["stage"].at[index], self.refs["read_sem"].at[index])
                 (copy.wait if wait else copy.start)()
+                for scales in self.pool_scales:
+                    source, target = scales.at[page, lax.div(first, PIECE)], self.refs["scales_stage"].at[index]
+                    copy = pltpu.make_async_copy(source, target, self.refs["read_sem"].at[index])
+                    (copy.wait if wait else copy.start)()
 
         def fetch_if(ahead: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[jax.Array, jax.Array]:
             exists = ahead[0] < self.num_rows
@@ -283,8 +314,8 @@ class Kernel:
 
         def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             row, tile, ahead_row, ahead_tile, number = state
-            ahead = fetch_if((ahead_row, ahead_tile), lax.rem(number + _AHEAD, WRITE_DEPTH))
-            index = lax.rem(number, WRITE_DEPTH)
+            ahead = fetch_if((ahead_row, ahead_tile), lax.rem(number + self.writes_ahead, self.layout.write_depth))
+            index = lax.rem(number, self.layout.write_depth)
             fetch(row, tile, index, wait=True)
             slot, count, _ = fill(row, tile)
             self.flatten_fresh(index)
@@ -293,15 +324,23 @@ class Kernel:
             for head in range(self.case.num_kv_heads):
                 fresh = _load(self.refs["fresh_flat"], pl.ds(head, rows, stride=self.layout.kv_heads))
                 old = self.refs["stage"][index, head].astype(jnp.float32)
-                self.refs["stage"][index, head] = jnp.where(is_new, fresh, old).astype(self.dtype)
+                self.refs["stage"][index, head] = _narrow(jnp.where(is_new, fresh, old), self.held_dtype)
+            if self.pool_scales:
+                shape = (rows, self.layout.scale_rows, LANES)
+                token, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 2))
+                own = lax.rem(lane, PIECE) == token
+                fresh = jnp.sum(jnp.where(own, self.refs["fresh_scales"][index], 0.0), axis=0)
+                place_of = lax.rem(lax.broadcasted_iota(jnp.int32, shape[1:], 1), PIECE)
+                is_new = (place_of >= slot) & (place_of < slot + count)
+                self.refs["scales_stage"][index] = jnp.where(is_new, fresh, self.refs["scales_stage"][index])
             self.send_write(*place(row, tile), index)
             return *advance(row, tile), *ahead, number + 1
 
         current = ahead = start(self.next_chunk[0])
-        for index in range(_AHEAD):
+        for index in range(self.writes_ahead):
             ahead = fetch_if(ahead, jnp.int32(index))
         lax.while_loop(lambda state: state[0] < self.num_rows, step, (*current, *ahead, jnp.int32(0)))
-        for index in range(WRITE_DEPTH):
+        for index in range(self.layout.write_depth):
             self.finish_write(index)
 
     def flatten_fresh(self, index: jax.Array) -> None:
@@ -389,6 +428,8 @@ class Kernel:
         if decode and self.writes:
             writes = ends & (self.position(slots_end - 1) == last) if self.gives_parts else ends
             pl.when(writes)(functools.partial(self.write_decode, row, slots_end - 1, page, slot, index))
+        if self.pool_scales:
+            self.sort_scales(slot)
 
         # Every query sees every key, or some do not see some.
         partial = self.position(offset + self.block_keys - 1) > position
@@ -397,12 +438,17 @@ class Kernel:
 
         @pl.when(partial)
         def _() -> None:
-            pl.when((alive > 0) | (end < self.block_keys))(functools.partial(self.clean, slot, alive, end))
-            self.mix(slot, self.visible(position - self.position(offset), decode=decode), decode=decode)
+            if self.held_dtype != jnp.int8:  # of which every pattern is a finite number
+                pl.when((alive > 0) | (end < self.block_keys))(functools.partial(self.clean, slot, alive, end))
+            held = None
+            if self.pool_scales:
+                keys = lax.broadcasted_iota(jnp.int32, (1, self.block_keys), 1)
+                held = (keys >= alive) & (keys < end)
+            self.mix(slot, self.visible(position - self.position(offset), decode=decode), held, decode=decode)
 
         @pl.when(jnp.logical_not(partial))
         def _() -> None:
-            self.mix(slot, None, decode=decode)
+            self.mix(slot, None, None, decode=decode)
 
         @pl.when(ends)
         def _() -> None:
@@ -467,9 +513,17 @@ class Kernel:
         for head in range(self.case.num_kv_heads):
             place = (slot, logical - page, head, pl.ds(first, rows))
             old = pages[place].astype(jnp.float32)
-            tile = jnp.where(is_new, jnp.broadcast_to(fresh[head : head + 1], old.shape), old).astype(self.dtype)
+            tile = jnp.where(is_new, jnp.broadcast_to(fresh[head : head + 1], old.shape), old)
+            tile = _narrow(tile, self.held_dtype)
             pages[place] = tile
             self.refs["stage"][index, head] = tile
+        if self.pool_scales:
+            place = (slot, logical - page, lax.div(first, PIECE))
+            old = self.refs["scales"][place]
+            own = lax.rem(lax.broadcasted_iota(jnp.int32, old.shape, 1), PIECE) == within - first
+            slab = jnp.where(own, self.refs["fresh_scales"][index, 0], old)
+            self.refs["scales"][place] = slab
+            self.refs["scales_stage"][index] = slab
         self.send_write(self.page(row, logical), first, index)
 
     def clean(self, slot: jax.Array, alive: jax.Array, end: jax.Array) -> None:
@@ -485,9 +539,31 @@ class Kernel:
                 seen = (inside >= alive - before) & (inside < end - before)
                 for head in range(self.case.num_kv_heads):
                     values = self.refs["pages"][slot, index, head].astype(jnp.float32)
-                    self.refs["pages"][slot, index, head] = jnp.where(seen, values, 0.0).astype(self.dtype)
+                    self.refs["pages"][slot, index, head] = jnp.where(seen, values, 0.0).astype(self.held_dtype)
 
         lax.fori_loop(0, self.blocks.pages, page, None)
+
+    def sort_scales(self, slot: jax.Array) -> None:
+        """The scales of a block's keys, which lie tile after tile of tokens, into a row for each head and kind: the
+        n-th of them, n = kinds * head + kind, is piece n % 4 of row n // 4 of every tile."""
+        tiles = self.case.page_size // PIECE
+        for first in range(0, self.blocks.pages * tiles, PIECES):
+            slabs = [
+                self.refs["scales"][(slot, *divmod(tile, tiles))]
+                for tile in range(first, min(first + PIECES, self.blocks.pages * tiles))
+            ]
+            lane = lax.broadcasted_iota(jnp.int32, slabs[0].shape, 1)
+            for piece in range(PIECES):
+                row = slabs[0] if piece == 0 else pltpu.roll(slabs[0], (PIECES - piece) * PIECE, 1)
+                for index, slab in enumerate(slabs[1:], 1):
+                    turn = (index - piece) % PIECES * PIECE
+                    row = jnp.where(lane >= index * PIECE, slab if turn == 0 else pltpu.roll(slab, turn, 1), row)
+                self.refs["head_scales"][piece, :, pl.ds(first * PIECE, LANES)] = row
+
+    def scales_of(self, head: Any, kind: int) -> jax.Array:
+        """[1, keys] of the block at hand, a head's keys' (kind 0) or values'."""
+        row, piece = divmod(head * self.layout.kinds + kind, PIECES)
+        return self.refs["head_scales"][piece, pl.ds(row, 1), pl.ds(0, self.block_keys)]
 
     def visible(self, position: jax.Array, *, decode: bool) -> jax.Array:
         """[1 or tile_tokens, keys]: which keys of a block each query sees; position: the first query's, counted from
@@ -500,17 +576,22 @@ class Kernel:
             seen &= keys > own - self.case.window
         return seen
 
-    def mix(self, slot: jax.Array, seen: jax.Array | None, *, decode: bool) -> None:
-        """Take a block of keys and values into the running softmax of every head."""
+    def mix(self, slot: jax.Array, seen: jax.Array | None, held: jax.Array | None, *, decode: bool) -> None:
+        """Take a block of keys and values into the running softmax of every head.
+
+        seen: of `visible`, and held [1, keys], which some query sees (of quantized ones, whose scales elsewhere may be
+        anything); None where every query sees every key.
+        """
+        one = functools.partial(self.mix_head, slot, seen=seen, held=held, decode=decode)
         if decode and self.case.num_kv_heads <= 8:
             for head in range(self.case.num_kv_heads):
-                self.mix_head(slot, head, seen, decode=decode)
+                one(head)
         else:
-            lax.fori_loop(
-                0, self.case.num_kv_heads, lambda head, _: self.mix_head(slot, head, seen, decode=decode), None
-            )
+            lax.fori_loop(0, self.case.num_kv_heads, lambda head, _: one(head), None)
 
-    def mix_head(self, slot: jax.Array, head: Any, seen: jax.Array | None, *, decode: bool) -> None:
+    def mix_head(
+        self, slot: jax.Array, head: Any, *, seen: jax.Array | None, held: jax.Array | None, decode: bool
+    ) -> None:
         layout, rows = self.layout, self.rows(decode)
         place = (head, pl.ds(0, rows))
         precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -518,7 +599,11 @@ class Kernel:
         values_at = pl.ds(layout.value_first, layout.value_lanes)
         keys = self.refs["pages"][slot, :, head, :, pl.ds(0, layout.key_lanes)].reshape(self.block_keys, -1)
         values = self.refs["pages"][slot, :, head, :, values_at].reshape(self.block_keys, -1)
+        if self.pool_scales:
+            keys, values = (part.astype(jnp.float32).astype(self.dtype) for part in (keys, values))
         logits = multiply(self.refs["q_rows"][place], keys, (((1,), (1,)), ((), ())))
+        if self.pool_scales:
+            logits *= self.scales_of(head, 0)
         if self.case.soft_cap is not None:
             logits = self.case.soft_cap * jnp.tanh(logits / self.case.soft_cap)
         if seen is not None and decode:
@@ -530,7 +615,11 @@ class Kernel:
         most = jnp.maximum(old_most, jnp.max(logits, axis=1, keepdims=True))
         keep = jnp.exp(old_most - most)
         weights = jnp.exp(logits - most[:, :1])
-        mixed = multiply(weights.astype(self.dtype), values, (((1,), (0,)), ((), ())))
+        shares = weights
+        if self.pool_scales:
+            scales = self.scales_of(head, self.layout.kinds - 1)
+            shares = weights * (scales if held is None else jnp.where(held, value_scales(scales), 0.0))
+        mixed = multiply(shares.astype(self.dtype), values, (((1,), (0,)), ((), ())))
         self.refs["most"][place] = most
         self.refs["weight"][place] = self.refs["weight"][place] * keep + jnp.sum(weights, axis=1, keepdims=True)
         self.refs["mixed"][place] = self.refs["mixed"][place] * keep[:, :1] + mixed

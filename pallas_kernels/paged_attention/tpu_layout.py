@@ -5,6 +5,10 @@ whole tiles. So a page holds, head by head, a matrix with a token in each row, i
 [pages, K, B, W]. A page is one piece of memory and each head's share of it goes to the matrix unit as it is. Where the
 head dim fills half a tile or less, or 192 lanes, the value begins in the tile where the key ends, and costs no padding.
 In latent attention the key begins with its value, and there is nothing beside it.
+
+Scales of quantized keys and values are kept by the tile, the smallest piece of a page that is written: of its 32 tokens
+there are 32 lanes for each head's keys, then 32 for its values, head by head through rows of 128: [pages, B / 32, R,
+128]. So a page's scales are one piece of memory too, without padding but in the last row, and no two writes meet in it.
 """
 
 from __future__ import annotations
@@ -15,14 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pallas_kernels.paged_attention.quantized import LARGEST
+
 LANES = 128
 SUBLANES = 8
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
+KV_DTYPES = tuple(LARGEST)
+PIECE = 32  # tokens, and so lanes, whose scales lie together: a tile of 8-bit numbers
+PIECES = LANES // PIECE
 MAX_HEAD_DIM = 256
 MAX_LATENT_HEAD_DIM = 640  # of keys that begin with their values; DeepSeek's have 576 numbers
 MAX_TILE_TOKENS = 128
 MIN_BLOCK_KEYS, MAX_BLOCK_KEYS = 128, 1024
-WRITE_DEPTH = 8  # groups of slots in flight while a chunk's keys and values are written
+# Tiles in flight while a chunk's keys and values are written, by the kinds of scales: as many bytes. Of latents half:
+# their one head is padded to eight where it comes from.
+WRITE_DEPTH = {0: 8, 1: 2, 2: 4}
 _HEADROOM = 0.5  # part of the scratch memory left to the compiler's own temporaries
 
 
@@ -59,8 +70,8 @@ def supports(case: Case) -> str | None:
     """None, or the reason why the kernel cannot serve the case."""
     if case.dtype not in ITEMSIZE:
         return f"dtype {case.dtype} is not one of {', '.join(ITEMSIZE)}"
-    if case.kv_dtype is not None:
-        return f"it reads no keys and values of {case.kv_dtype}"
+    if case.kv_dtype is not None and case.kv_dtype not in KV_DTYPES:
+        return f"kv_dtype {case.kv_dtype} is not one of {', '.join(KV_DTYPES)}"
     if case.num_kv_heads < 1 or case.num_heads % case.num_kv_heads:
         return f"{case.num_heads} query heads are no multiple of {case.num_kv_heads} kv heads"
     most_dim = MAX_HEAD_DIM if case.latent_dim is None else MAX_LATENT_HEAD_DIM
@@ -70,7 +81,8 @@ def supports(case: Case) -> str | None:
         return f"latent_dim {case.latent_dim} is not in 1..{case.head_dim}, the head_dim"
     rows = Layout.of(case).rows
     if case.page_size < 1 or case.page_size % rows:
-        return f"page_size {case.page_size} is no multiple of {rows}, the rows of a tile of {case.dtype}"
+        held = case.kv_dtype or case.dtype
+        return f"page_size {case.page_size} is no multiple of {rows}, the rows of a tile of {held}"
     if case.window is not None and case.window < 1:
         return f"window {case.window} is less than 1"
     needed, most = _vmem_bytes(case, _SMALLEST), int(tuned("default").vmem_limit_bytes * _HEADROOM)
@@ -90,6 +102,10 @@ class Layout:
     out_lanes    lanes of one token and head of what comes out: where devices share the keys, a tile more than a value
     heads, kv_heads           padded to whole tiles of 32-bit numbers
     group        query heads of a kv head, padded to whole tiles
+    kinds        scales of a token and head: its key's and its value's, or one for both; 0: there are none
+    scale_rows   rows of a tile's scales
+    write_depth  tiles in flight while a chunk's keys and values are written
+    itemsize, kv_itemsize     bytes of a number of a query, and of one in the pool
     """
 
     rows: int
@@ -102,7 +118,11 @@ class Layout:
     heads: int
     kv_heads: int
     group: int
+    kinds: int
+    scale_rows: int
+    write_depth: int
     itemsize: int
+    kv_itemsize: int
 
     @classmethod
     def of(cls, case: Case) -> Layout:
@@ -115,9 +135,10 @@ class Layout:
         value_lanes = width - value_first
         if case.latent_dim is not None:
             value_start, value_first, width, value_lanes = 0, 0, key_lanes, round_up(case.latent_dim, LANES)
-        rows = SUBLANES * 4 // itemsize
+        kinds = 0 if case.kv_dtype is None else 1 if case.latent_dim is not None else 2
+        kv_itemsize = itemsize if case.kv_dtype is None else 1
         return cls(
-            rows=rows,
+            rows=SUBLANES * 4 // kv_itemsize,
             width=width,
             key_lanes=key_lanes,
             value_start=value_start,
@@ -126,14 +147,23 @@ class Layout:
             out_lanes=value_lanes + (LANES if case.context > 1 else 0),
             heads=round_up(case.num_heads, SUBLANES),
             kv_heads=round_up(case.num_kv_heads, SUBLANES),
-            group=round_up(case.num_heads // case.num_kv_heads, rows),
+            group=round_up(case.num_heads // case.num_kv_heads, SUBLANES * 4 // itemsize),
+            kinds=kinds,
+            scale_rows=-(-kinds * case.num_kv_heads // PIECES),
+            write_depth=WRITE_DEPTH[kinds],
             itemsize=itemsize,
+            kv_itemsize=kv_itemsize,
         )
 
 
 def pool_shape(case: Case, num_pages: int) -> tuple[int, int, int, int]:
     """[pages, K, B, W]; see Layout for W."""
     return (num_pages, case.num_kv_heads, case.page_size, Layout.of(case).width)
+
+
+def scales_shape(case: Case, num_pages: int) -> tuple[int, int, int, int]:
+    """[pages, B / 32, R, 128], of a quantized pool."""
+    return (num_pages, case.page_size // PIECE, Layout.of(case).scale_rows, LANES)
 
 
 @dataclass(frozen=True)
@@ -177,7 +207,7 @@ def tuned(chip: str) -> Tuned:
 def choose_blocks(case: Case, num_tokens: int, table_width: int, chip: str = "default") -> Blocks:
     """Blocks for a step of num_tokens tokens and tables of table_width pages, that fit the scratch memory."""
     table, layout = tuned(chip), Layout.of(case)
-    token_bytes = case.num_kv_heads * layout.width * layout.itemsize
+    token_bytes = case.num_kv_heads * layout.width * layout.kv_itemsize
     keys = min(max(table.block_bytes // token_bytes, MIN_BLOCK_KEYS), MAX_BLOCK_KEYS)
     tile = max(table.tile_rows * case.num_kv_heads // case.num_heads, SUBLANES)
     tile = min(_power_of_two(tile), MAX_TILE_TOKENS)
@@ -206,15 +236,22 @@ def _vmem_bytes(case: Case, blocks: Blocks) -> int:
     layout = Layout.of(case)
     rows = max(layout.group, case.num_heads // case.num_kv_heads * blocks.tile_tokens)
     flat = blocks.tile_tokens * layout.heads
-    pages = blocks.slots * blocks.pages * case.page_size * case.num_kv_heads * layout.width * layout.itemsize
+    keys = blocks.pages * case.page_size
+    pages = blocks.slots * keys * case.num_kv_heads * layout.width * layout.kv_itemsize
     out_bytes = layout.out_lanes * (layout.itemsize if case.context == 1 else 4)
     in_and_out = 2 * flat * (layout.key_lanes * layout.itemsize + out_bytes)
     in_and_out += (flat + layout.group) * (layout.key_lanes + layout.out_lanes) * 4
     state = case.num_kv_heads * rows * (layout.key_lanes * layout.itemsize + (layout.value_lanes + 2 * LANES) * 4)
-    writing = WRITE_DEPTH * layout.rows * (case.num_kv_heads + layout.kv_heads) * layout.width * layout.itemsize
+    tile_heads = case.num_kv_heads * layout.kv_itemsize + layout.kv_heads * layout.itemsize
+    writing = layout.write_depth * layout.rows * tile_heads * layout.width
     writing += layout.rows * layout.kv_heads * layout.width * 4
-    logits = 3 * rows * blocks.pages * case.page_size * 4  # the compiler's, of one head
-    return pages + in_and_out + state + writing + logits
+    logits = 3 * rows * keys * 4  # the compiler's, of one head
+    scales = 0
+    if layout.kinds:
+        slabs = blocks.slots * keys // PIECE + PIECES * -(-keys // LANES) + layout.write_depth * (PIECE + 1)
+        scales = slabs * round_up(layout.scale_rows, SUBLANES) * LANES * 4
+        logits += keys * layout.width * (4 + layout.itemsize)  # keys and values of one head, widened
+    return pages + in_and_out + state + writing + logits + scales
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -1,8 +1,9 @@
 """Times the attention kernels on whatever accelerator jax finds, against what its memory and its matrix units do.
 
 First, in this process: the bandwidth of a copy (bytes read and bytes written) and the rate of a bfloat16 matmul. Then
-every backend that serves a case, with random normal inputs, a step of decodes as a share of that bandwidth, the prefill
-of a long prompt in TFLOP/s, on GPUs beside cuDNN's. Some rows of every result are checked against the reference.
+every backend that serves a case, with random normal inputs: a step of decodes as a share of that bandwidth, also with a
+cache of 8 bits, and the prefill of a long prompt in TFLOP/s, on GPUs beside that of cuDNN. Some rows of every result
+are checked against the reference.
 
 How it is timed: the calls run one after another inside one program, each on the output and the page pool of the one
 before, and the time of many less that of few is divided by how many more they are, so that what the host and the launch
@@ -33,10 +34,12 @@ from jaxinfer.ops.flash_attention import FlashCase
 from jaxinfer.ops.paged_attention import AttentionCase, RaggedBatch
 from jaxinfer.runner.batch import DeviceBatch
 from pallas_kernels.flash_attention.reference import flash_attention as flash_reference
+from pallas_kernels.paged_attention.quantized import QuantizedPool
 from pallas_kernels.paged_attention.reference import paged_attention as paged_reference
-from pallas_kernels.paged_attention.tpu_layout import Layout
+from pallas_kernels.paged_attention.tpu_layout import PIECE, Layout
 
 _MAX_SETS = 32  # of pages that calls take in turn: one program holds so many calls
+_STEPS = 40  # of 8-bit numbers to a standard deviation
 _CHECKED = 32  # queries at either end of a prompt that are held to the reference
 
 
@@ -51,6 +54,7 @@ class Sizes:
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
     page_sizes: tuple[int, ...]
+    kv_dtypes: tuple[str, ...]
     heads: tuple[tuple[str, int, int], ...]
     head_dim: int
     prompt: int
@@ -67,6 +71,7 @@ _FULL = Sizes(
     batches=(1, 8, 32, 128, 256),
     contexts=(1024, 8192, 32768, 131072),
     page_sizes=(16, 32, 64),
+    kv_dtypes=("int8", "float8_e4m3fn"),
     heads=_HEADS,
     head_dim=128,
     prompt=16384,
@@ -74,8 +79,8 @@ _FULL = Sizes(
     seconds=0.1,
     calls=2**14,
 )
-_QUICK = replace(_FULL, batches=(1, 32), contexts=(1024, 8192), page_sizes=(16,), seconds=0.03)
-_CPU = Sizes("float32", 2**20, 64, (2,), (40,), (8,), (("GQA 2", 4, 2),), 8, 48, 1, 0.001, 4)
+_QUICK = replace(_FULL, batches=(1, 32), contexts=(1024, 8192), page_sizes=(32,), seconds=0.03)
+_CPU = Sizes("float32", 2**20, 64, (2,), (40,), (8,), ("int8",), (("GQA 2", 4, 2),), 8, 48, 1, 0.001, 4)
 
 
 def seconds_of(step: Callable[[Any, Any], Any], state: Any, fixed: Any, sizes: Sizes) -> float:
@@ -191,16 +196,46 @@ def _attend(
     return q, pool
 
 
-def _to_reference(backend: str, case: AttentionCase, pages: jax.Array) -> jax.Array:
-    """Pages of a backend's pool -> [pages, 2, K, B, H]."""
+def _to_reference(backend: str, case: AttentionCase, pages: Any) -> Any:
+    """Pages of a backend's pool -> [pages, 2, K, B, H]; of a quantized pool scales [pages, 2, K, B] too."""
+    if isinstance(pages, QuantizedPool):
+        return QuantizedPool(
+            _to_reference(backend, case, pages.data), _scales_to_reference(backend, case, pages.scales)
+        )
     if backend != "pallas_tpu":
         return pages[..., : case.head_dim]
     start = Layout.of(case).value_start
     return jnp.stack([pages[..., : case.head_dim], pages[..., start : start + case.head_dim]], axis=1)
 
 
+def _scales_to_reference(backend: str, case: AttentionCase, scales: jax.Array) -> jax.Array:
+    if backend != "pallas_tpu":
+        return scales
+    pages, tiles, size = len(scales), case.page_size // PIECE, 2 * case.num_kv_heads * PIECE
+    by_tile = scales.reshape(pages, tiles, -1)[..., :size].reshape(pages, tiles, case.num_kv_heads, 2, PIECE)
+    return by_tile.transpose(0, 3, 2, 1, 4).reshape(pages, 2, case.num_kv_heads, case.page_size)
+
+
+def _random_pool(key: jax.Array, page: Any, num_pages: int) -> Any:
+    """Normal numbers; 8-bit ones with scales that differ by up to three times."""
+
+    def leaf(number: int, like: jax.ShapeDtypeStruct) -> jax.Array:
+        own, shape = jax.random.fold_in(key, number), (num_pages, *like.shape[1:])
+        if number == 1:
+            return jax.random.uniform(own, shape, like.dtype, 0.5, 1.5) / _STEPS
+        numbers = jax.random.normal(own, shape, jnp.bfloat16 if like.dtype.itemsize == 1 else like.dtype)
+        return jnp.clip(numbers * _STEPS, -127, 127).astype(like.dtype) if like.dtype.itemsize == 1 else numbers
+
+    leaves, treedef = jax.tree.flatten(page)
+    return jax.jit(lambda: treedef.unflatten(list(itertools.starmap(leaf, enumerate(leaves)))))()
+
+
+def _num_bytes(arrays: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
 def _paged_error(
-    backend: str, case: AttentionCase, q: jax.Array, out: jax.Array, pool: jax.Array, batch: RaggedBatch, row: int
+    backend: str, case: AttentionCase, q: jax.Array, out: jax.Array, pool: Any, batch: RaggedBatch, row: int
 ) -> float:
     """How far a row's last queries are from the reference, once its keys are in the pool."""
     starts = np.asarray(batch.query_start)
@@ -208,8 +243,9 @@ def _paged_error(
     own = slice(int(starts[row + 1]) - count, int(starts[row + 1]))
 
     @jax.jit
-    def error(q: jax.Array, out: jax.Array, pool: jax.Array, table: jax.Array, length: jax.Array) -> jax.Array:
-        pages, own_table = _to_reference(backend, case, pool[table]), jnp.arange(table.shape[0])[None]
+    def error(q: jax.Array, out: jax.Array, pool: Any, table: jax.Array, length: jax.Array) -> jax.Array:
+        pages = _to_reference(backend, case, jax.tree.map(lambda leaf: leaf[table], pool))
+        own_table = jnp.arange(table.shape[0])[None]
         expected, _ = paged_reference(
             q.astype(jnp.float32), None, None, pages, own_table, jnp.array([0, count]), length[None], scale=case.scale
         )
@@ -224,11 +260,11 @@ def _time_paged(
     """Seconds of one call, how far it is from the reference, and the sets of pages."""
     width = -(-int(kv_len.max()) // case.page_size)
     page = backend.abstract_pool(case, 1)
-    set_bytes = len(kv_len) * width * page.size * page.dtype.itemsize
+    set_bytes = len(kv_len) * width * _num_bytes(page)
     num_sets = max(1, min(-(-2 * sizes.cache // set_bytes), _MAX_SETS, _memory() // set_bytes))
     num_pages = num_sets * len(kv_len) * width + 1
     dtype, keys = jnp.dtype(case.dtype), jax.random.split(jax.random.key(0), 4)
-    pool = jax.jit(lambda: jax.random.normal(keys[0], (num_pages, *page.shape[1:]), dtype))()
+    pool = _random_pool(keys[0], page, num_pages)
     tokens = int(new.sum())
     q = jax.random.normal(keys[1], (tokens, case.num_heads, case.head_dim), dtype)
     k, v = (jax.random.normal(key, (tokens, case.num_kv_heads, case.head_dim), dtype) for key in keys[2:])
@@ -244,7 +280,9 @@ def _time_paged(
     return taken / num_sets, error, num_sets
 
 
-def _case(sizes: Sizes, platform: str, num_heads: int, num_kv_heads: int, page_size: int) -> AttentionCase:
+def _case(
+    sizes: Sizes, platform: str, num_heads: int, num_kv_heads: int, page_size: int, kv_dtype: str | None = None
+) -> AttentionCase:
     return AttentionCase(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -256,6 +294,7 @@ def _case(sizes: Sizes, platform: str, num_heads: int, num_kv_heads: int, page_s
         dtype=sizes.dtype,
         has_sinks=False,
         platform=platform,
+        kv_dtype=kv_dtype,
     )
 
 
@@ -271,18 +310,26 @@ def _verdict(error: float, dtype: str) -> tuple[str, bool]:
 
 
 def decode_lines(sizes: Sizes, platform: str, bandwidth: float) -> Iterator[Line]:
-    for kind, num_heads, num_kv_heads in sizes.heads:
-        for page_size in sizes.page_sizes:
-            case = _case(sizes, platform, num_heads, num_kv_heads, page_size)
+    for (kind, num_heads, num_kv_heads), page_size in itertools.product(sizes.heads, sizes.page_sizes):
+        plain: dict[tuple[str, int, int], float] = {}  # seconds with keys as they are computed
+        for kv_dtype in (None, *sizes.kv_dtypes):
+            case = _case(sizes, platform, num_heads, num_kv_heads, page_size, kv_dtype)
+            name = f"decode, {kind}, pages of {page_size}" + ("" if kv_dtype is None else f", {kv_dtype}")
             for backend in paged_attention.BACKENDS[:-1]:  # all but the reference
                 refusal = backend.supports(case)
                 if refusal is not None:
-                    yield Line(f"decode, {kind}, pages of {page_size}", backend.name, None, "", None, refusal)
+                    yield Line(name, backend.name, None, "", None, refusal)
                     continue
                 for batch, context in itertools.product(sizes.batches, sizes.contexts):
-                    what = f"decode, {kind}, pages of {page_size}, {batch} x {context}"
+                    what, key = f"{name}, {batch} x {context}", (backend.name, batch, context)
                     run = functools.partial(_decode_line, what, backend, case, batch, context, sizes, bandwidth)
-                    yield attempt(what, backend.name, run)
+                    line = attempt(what, backend.name, run)
+                    if line.seconds is not None and kv_dtype is None:
+                        plain[key] = line.seconds
+                    elif line.seconds is not None and key in plain:
+                        share = f"{line.seconds / plain[key]:.2f} of the time with {sizes.dtype}"
+                        line = replace(line, note=" ".join(filter(None, (line.note, share))))
+                    yield line
 
 
 def _decode_line(
@@ -294,7 +341,8 @@ def _decode_line(
     sizes: Sizes,
     bandwidth: float,
 ) -> Line:
-    key_bytes = 2 * batch * context * case.num_kv_heads * case.head_dim * jnp.dtype(case.dtype).itemsize
+    vector_bytes = case.head_dim * jnp.dtype(case.kv_dtype or case.dtype).itemsize + (0 if case.kv_dtype is None else 4)
+    key_bytes = 2 * batch * context * case.num_kv_heads * vector_bytes
     if key_bytes > _memory():
         return Line(what, backend.name, None, "", None, f"{key_bytes / 2**30:.0f} GiB of keys do not fit")
     lengths = np.full(batch, context)

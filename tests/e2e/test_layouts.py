@@ -6,9 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,14 +31,13 @@ LAYOUTS = {
 QUICK = "llama3_gqa"  # the others are left to `make test-slow`
 
 
-def cases() -> Iterator[Any]:
-    for golden in LAYOUTS:
-        yield pytest.param(golden, "auto", marks=[] if golden == QUICK else [pytest.mark.slow])
-    yield pytest.param("llama3_gqa", "int8", marks=[pytest.mark.slow])
-    yield pytest.param("deepseek_v3", "float8_e4m3fn", marks=[pytest.mark.slow])
+CASES = [*((golden, "auto") for golden in LAYOUTS), ("llama3_gqa", "int8"), ("deepseek_v3", "float8_e4m3fn")]
 
 
-@pytest.mark.parametrize(("golden", "kv_cache_dtype"), cases())
+@pytest.mark.parametrize(
+    ("golden", "kv_cache_dtype"),
+    [pytest.param(*case, marks=[] if case == (QUICK, "auto") else [pytest.mark.slow]) for case in CASES],
+)
 def test_every_layout_gives_the_tokens_of_one_device(golden: str, kv_cache_dtype: str) -> None:
     environment = {
         "JAX_PLATFORMS": "cpu",

@@ -56,16 +56,34 @@ def test_equals_forward_and_xla() -> None:
 FEW = random_prompts(7, 13, 1, 5), [greedy(6), greedy(5), greedy(3)]
 
 
-def spread_over_context() -> None:
+# int8 comes in tiles of 32 tokens.
+OF_KV_DTYPE = {"auto": SETTINGS, "int8": {**SETTINGS, "page_size": 32, "kv_cache_dtype": "int8"}}
+
+
+def spread_over_context(kv_dtype: str) -> None:
     """Print the tokens of the kernels of two devices, each with every other key."""
     with simulated_tpu():
         loaded = load_model(GOLDENS / "gemma2", mesh="context=2")
-        engine = make_engine(loaded, attention_backend="pallas_tpu", **SETTINGS)
+        engine = make_engine(loaded, attention_backend="pallas_tpu", **OF_KV_DTYPE[kv_dtype])
         print(json.dumps(tokens_of(run(engine, *FEW))))
 
 
 @pytest.mark.slow
-def test_devices_that_share_keys_give_the_tokens_of_one() -> None:
-    printed = run_on_devices("from tests.e2e import test_pallas_tpu as t; t.spread_over_context()", 2)
-    alone = run(make_engine(load_model(GOLDENS / "gemma2"), **SETTINGS), *FEW)
+@pytest.mark.parametrize("kv_dtype", OF_KV_DTYPE)
+def test_devices_that_share_keys_give_the_tokens_of_one(kv_dtype: str) -> None:
+    printed = run_on_devices(f"from tests.e2e import test_pallas_tpu as t; t.spread_over_context({kv_dtype!r})", 2)
+    alone = run(make_engine(load_model(GOLDENS / "gemma2"), **OF_KV_DTYPE[kv_dtype]), *FEW)
     assert json.loads(printed.splitlines()[-1]) == tokens_of(alone)
+
+
+@pytest.mark.slow
+def test_eight_bits_equal_xla() -> None:
+    """Llama 3, made small: chunks, decodes, and a second page."""
+    loaded = load_model(GOLDENS / "llama3_gqa")
+    settings = {"max_model_len": 64, "page_size": 32, "max_num_seqs": 3, "max_num_batched_tokens": 8, "num_pages": 8}
+    prompts, outputs = random_prompts(7, 29, 1, 5), {}
+    with simulated_tpu():
+        for name in ("pallas_tpu", "xla"):
+            engine = make_engine(loaded, attention_backend=name, kv_cache_dtype="int8", **settings)
+            outputs[name] = run(engine, prompts, greedy(6))
+    assert tokens_of(outputs["pallas_tpu"]) == tokens_of(outputs["xla"])

@@ -134,6 +134,7 @@ def test_reads_another_layers_pool() -> None:
         ({"num_heads": 5}, "5 query heads are no multiple of 2 kv heads"),
         ({"num_heads": 130}, "65 query heads of a kv head are more than 64, a tile's rows"),
         ({"window": 0}, "window 0 is less than 1"),
+        ({"kv_dtype": "int8"}, "it reads no keys and values of int8"),
     ],
 )
 def test_refusals(changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
