@@ -12,7 +12,7 @@ from jaxinfer.sharding.spmd import CONTEXT
 from pallas_kernels.paged_attention import tpu_layout
 
 if TYPE_CHECKING:
-    from pallas_kernels.paged_attention.tpu import Rows
+    from pallas_kernels.paged_attention.tpu import Pool, Rows
 
 
 def supports(case: AttentionCase) -> str | None:
@@ -38,12 +38,12 @@ def run(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    pool: jax.Array,
+    pool: Pool,
     batch: RaggedBatch,
     group: int,
     metadata: tuple[Rows, ...],
     sinks: jax.Array | None = None,
-) -> tuple[Any, jax.Array]:
+) -> tuple[Any, Pool]:
     from pallas_kernels.paged_attention import tpu  # here, since a process on another platform need not load Pallas
 
     return tpu.paged_attention(case, q, k, v, pool, metadata, batch.num_tokens, sinks)

@@ -224,10 +224,10 @@ def _keys_and_values(
 ) -> tuple[jax.Array, jax.Array, Scales]:
     """Of tiles: pages [tiles, n] -> two [tiles, K, n * B, H]. Keys that begin with their values are mixed whole: to cut
     off what comes out costs nothing, to cut what goes into a product costs a copy."""
-    data, scales = pool, None
+    data, scales = pool.data if isinstance(pool, QuantizedPool) else pool, None
     if isinstance(pool, QuantizedPool):
-        data, values_at = pool.data, _kinds(case) - 1
-        scales = _gather_scales(case, pool, pages, 0), value_scales(_gather_scales(case, pool, pages, values_at))
+        of_values = _gather_scales(case, pool, pages, _kinds(case) - 1)
+        scales = _gather_scales(case, pool, pages, 0), value_scales(of_values)
     if case.latent_dim is not None:
         both = _gather(case, data, pages, 0, alive)
         return both, both, scales

@@ -262,7 +262,7 @@ def _call(
         named = dict(zip(names, inputs, strict=True)) | dict(zip(scratch, buffers, strict=True))
         Kernel(case, layout, blocks, queries.shape[0], scalar_refs, out_ref, held_refs, named, fills).run()
 
-    out, *held = pl.pallas_call(
+    result, *held = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -280,7 +280,7 @@ def _call(
         interpret=interpret,
         name="paged_attention",
     )(*scalars, *arrays.values())
-    return out, QuantizedPool(*held) if isinstance(pool, QuantizedPool) else held[0]
+    return result, QuantizedPool(*held) if isinstance(pool, QuantizedPool) else held[0]
 
 
 def _scratch(case: Case, layout: Layout, blocks: Blocks, writes: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ log-probabilities of engines that must agree do so within OWN, not within float3
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
@@ -46,6 +47,8 @@ def test_prefix_hit_equals_miss(dtype: str) -> None:
     # Of 2 layers' pages of 4 tokens: a byte for each number, 4 for each vector's scale.
     assert engine.plan.page_bytes == [2 * 4 * layer.num_kv_heads * 2 * (layer.head_dim + 4)]
     assert f"float32, keys and values {engine.plan.layers[0].case.kv_dtype}, " in engine.plan.describe()
+    (lane,) = engine.runner._lanes
+    assert engine.plan.kv_cache_bytes == sum(array.nbytes for array in jax.tree.leaves(lane.pools))
     prompts, params = random_prompts(3, 41, 9), greedy(8, logprobs=0)
     miss, hit = run(engine, prompts, params), run(engine, prompts, params)
     assert [output.metrics.num_cached_tokens for output in hit] == [40, 8]

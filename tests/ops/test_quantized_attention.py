@@ -103,6 +103,7 @@ def test_pool_is_updated_in_place() -> None:
     assert temporaries[0] == temporaries[1]
 
 
+@pytest.mark.slow
 def test_reads_another_layers_pool() -> None:
     ragged = Ragged(KINDS["grouped queries"], [(9, 1), (4, 6)], 16, 6, 15)
     out, pool = check(ragged, "xla")
