@@ -110,8 +110,7 @@ def run(
     sinks: jax.Array | None = None,
 ) -> tuple[Any, jax.Array]:
     if k is not None:
-        new = jnp.stack([k] if v is None else [k, v], axis=1)
-        pool = _write(case, new.astype(pool.dtype), pool, batch, metadata)
+        pool = write(case, k, v, pool, batch, metadata)
     table = batch.page_tables[group]
     num_rows = min(table.shape[0], q.shape[0])
     scaled = (q * case.scale).astype(pool.dtype)
@@ -179,8 +178,11 @@ def _unhoisted(case: AttentionCase, values: jax.Array) -> jax.Array:
     return lax.sort(values) if case.platform == "cpu" else values
 
 
-def _write(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBatch, metadata: Metadata) -> jax.Array:
-    """Put kv [T, kinds, K, H] into the pool."""
+def write(
+    case: AttentionCase, k: jax.Array, v: jax.Array | None, pool: jax.Array, batch: RaggedBatch, metadata: Metadata
+) -> jax.Array:
+    """The part of `run` that puts k and v [T, K, H] into the pool."""
+    kv = jnp.stack([k] if v is None else [k, v], axis=1).astype(pool.dtype)  # [T, kinds, K, H]
     if case.platform != "cpu":  # by rows of one head: to write a token's heads at once, XLA would turn the pool around
         first = metadata.write_page[:, None] * (kv.shape[1] * case.num_kv_heads) * case.page_size
         heads = jnp.arange(kv.shape[1] * case.num_kv_heads) * case.page_size
