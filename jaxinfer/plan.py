@@ -18,6 +18,7 @@ from jaxinfer.config import EngineConfig, parse_kv_cache_dtype
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.stages import Stage, stages
 from jaxinfer.ops.paged_attention import AttentionCase, Backend, choose_backend
+from jaxinfer.ops.paged_attention_context import describe as describe_travel
 from jaxinfer.sharding.spmd import num_shards
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,12 @@ class Plan:
                 + ("" if g.latent_dim is None else f", values in their first {g.latent_dim} numbers")
                 + ("" if g.window is None else f", window {g.window}, a ring of {width}")
                 for g, pages, width in zip(self.groups, self.num_pages, self.table_widths, strict=True)
+            ),
+            *dict.fromkeys(
+                f"layers of {layer.case.num_heads} heads and {layer.case.num_kv_heads} kv heads x {layer.case.head_dim}"
+                " a device: " + describe_travel(layer.backend, layer.case, self.token_buckets[-1], self.max_num_seqs)
+                for layer in self.layers
+                if layer.case.context > 1
             ),
         ]
         return "\n".join(lines)

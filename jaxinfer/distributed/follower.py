@@ -56,6 +56,8 @@ class Follower:
             elif command.kind == "reset":
                 self._sent = None
                 self._runner.reset()
+            elif command.kind == "expert-tokens":
+                self._runner.expert_tokens()
             else:
                 assert command.kind == "warm-up", command.kind
                 self._runner.warm_up()

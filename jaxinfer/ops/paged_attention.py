@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import jax
 
 from jaxinfer.ops import (
+    paged_attention_context,
     paged_attention_gpu,
     paged_attention_reference,
     paged_attention_tpu,
     paged_attention_xla,
 )
 from jaxinfer.ops.paged_attention_case import AttentionCase, RaggedBatch
-from jaxinfer.sharding.spmd import CONTEXT, all_parts
-from pallas_kernels.merge_attention.reference import merge_own_rows
 
-__all__ = ["BACKENDS", "AttentionCase", "Backend", "RaggedBatch", "attend", "choose_backend"]
+__all__ = ["BACKENDS", "AttentionCase", "Backend", "RaggedBatch", "attend", "choose_backend", "prepare"]
 
 
 class Run(Protocol):
@@ -61,6 +61,7 @@ class Backend:
     prepare     arrays derived from the batch and one KV group's table, once a step, for all layers of the case
     run         the attention of one layer
     only_asked  None, or why the backend is not chosen unless the user names it
+    write       the part of `run` that puts a step's keys and values into the pool; None where it can not be done apart
     """
 
     name: str
@@ -69,6 +70,14 @@ class Backend:
     prepare: Callable[[AttentionCase, RaggedBatch, int], Any] = field(repr=False)
     run: Run = field(repr=False)
     only_asked: str | None = field(default=None, repr=False)
+    write: Callable[..., Any] | None = field(default=None, repr=False)
+
+
+def prepare(backend: Backend, case: AttentionCase, batch: RaggedBatch, group: int) -> Any:
+    """What `attend` needs to know of a batch and one KV group's table, once a step, for all layers of the case."""
+    if case.context == 1:
+        return backend.prepare(case, batch, group)
+    return paged_attention_context.prepare(backend, case, batch, group)
 
 
 def attend(
@@ -83,22 +92,15 @@ def attend(
     metadata: Any,
     sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """`Run`, over all the devices that share the keys of a sequence.
-
-    Each has its own rows of q, k and v [T / C, ...] and gets back its own. Queries travel, not the keys in the cache
-    (the pass-Q form of arXiv:2411.01783): every device attends from all rows to the keys that it has, and the parts are
-    merged by their log-sum-exp.
-    """
-    if case.context == 1:
-        return backend.run(case, q, k, v, pool, batch, group, metadata, sinks)
-    q, k, v = jax.tree.map(all_parts, (q, k, v))
-    (mixed, lse), pool = backend.run(case, q, k, v, pool, batch, group, metadata, sinks)
-    out, _ = merge_own_rows(mixed, lse, CONTEXT)
-    return out.astype(q.dtype), pool
+    """`Run`, over all the devices that share the keys of a sequence: each has its own rows of q, k and v [T / C, ...]
+    and gets back its own. metadata is what `prepare` made."""
+    run = backend.run if case.context == 1 else partial(paged_attention_context.run, backend)
+    return run(case, q, k, v, pool, batch, group, metadata, sinks)
 
 
 def _backend(name: str, module: Any, only_asked: str | None = None) -> Backend:
-    return Backend(name, module.supports, module.abstract_pool, module.prepare, module.run, only_asked)
+    write = getattr(module, "write", None)
+    return Backend(name, module.supports, module.abstract_pool, module.prepare, module.run, only_asked, write)
 
 
 # Best first; "xla" serves every case, so the search always ends.

@@ -121,8 +121,7 @@ def run(
     sinks: jax.Array | None = None,
 ) -> tuple[Any, Pool]:
     if k is not None:
-        new = jnp.stack([k] if v is None else [k, v], axis=1)
-        pool = _write(case, new, pool, batch, metadata)
+        pool = write(case, k, v, pool, batch, metadata)
     table = batch.page_tables[group]
     num_rows = min(table.shape[0], q.shape[0])
     scaled = (q * case.scale).astype(case.dtype)
@@ -190,8 +189,11 @@ def _unhoisted(case: AttentionCase, values: jax.Array) -> jax.Array:
     return lax.sort(values) if case.platform == "cpu" else values
 
 
-def _write(case: AttentionCase, kv: jax.Array, pool: Pool, batch: RaggedBatch, metadata: Metadata) -> Pool:
-    """Put kv [T, kinds, K, H] into the pool."""
+def write(
+    case: AttentionCase, k: jax.Array, v: jax.Array | None, pool: Pool, batch: RaggedBatch, metadata: Metadata
+) -> Pool:
+    """The part of `run` that puts k and v [T, K, H] into the pool."""
+    kv = jnp.stack([k] if v is None else [k, v], axis=1)  # [T, kinds, K, H]
     if not isinstance(pool, QuantizedPool):
         return _put(case, kv.astype(pool.dtype), pool, batch, metadata)
     data, scales = quantize(kv, pool.data.dtype.name)

@@ -192,19 +192,18 @@ class Runner:
 
     def expert_tokens(self) -> dict[int, np.ndarray]:
         """For every layer with experts, how many tokens each of them was chosen for since the start or the last reset:
-        uint32 [E], beginning anew at 2 ** 32. It waits for what is sent. {} where other processes have a part of it."""
-        if self._spans_processes:
+        uint32 [E], beginning anew at 2 ** 32. It waits for what is sent."""
+        with_experts = [
+            (stage, loads) for stage, loads in zip(self._programs, self._loads, strict=True) if stage.has_experts
+        ]
+        if not with_experts:
             return {}
         found: dict[int, np.ndarray] = {}
-        for programs, loads in zip(self._programs, self._loads, strict=True):
-            for segment, load in zip(programs.segments, loads, strict=True):
-                if load is not None:
+        with self._all_do("expert-tokens"):
+            for stage, loads in with_experts:
+                for segment, total in zip(stage.segments, stage.expert_tokens()(tuple(loads)), strict=True):
                     layers = [index for index in segment.layers if self.plan.model.layers[index].experts is not None]
-                    by_place = (
-                        np.asarray(load).view(np.uint32).reshape(*programs.stage.mesh.devices.shape, len(layers), -1)
-                    )
-                    of_shards = by_place[..., 0, :, :].sum(axis=tuple(range(by_place.ndim - 3)), dtype=np.uint32)
-                    found |= zip(layers, of_shards, strict=True)
+                    found |= zip(layers, () if total is None else np.asarray(total).view(np.uint32), strict=True)
         return found
 
     def _start_afresh(self) -> None:

@@ -35,7 +35,9 @@ def begin(
     from_slot = last_tokens[jnp.maximum(batch.token_slots, 0)]
     tokens = jnp.where(batch.token_slots >= 0, from_slot, batch.tokens)
     rows = own_part(tokens), own_part(batch.positions)
-    return model.begin(gather_stored(ends, cuts), *rows, context_len=plan.max_model_len), _prepare(plan, batch)
+    read = [name for name in ends if name not in ("embed", "positions")]  # of these tables a few rows are
+    whole = ends | gather_stored({name: ends[name] for name in read}, {name: cuts[name] for name in read})
+    return model.begin(whole, *rows, context_len=plan.max_model_len), _prepare(plan, batch)
 
 
 def resume(
@@ -48,7 +50,7 @@ def resume(
 
 def _prepare(plan: Plan, batch: DeviceBatch) -> tuple[Any, ...]:
     backends = {(layer.case, layer.group): layer.backend for layer in plan.layers}
-    return tuple(backends[kind].prepare(kind[0], batch, kind[1]) for kind in attention_kinds(plan))
+    return tuple(paged_attention.prepare(backends[kind], kind[0], batch, kind[1]) for kind in attention_kinds(plan))
 
 
 def run_layers(

@@ -30,6 +30,7 @@ from jaxinfer.sampling.logprobs import score
 from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingRows
 from jaxinfer.sampling.sampler import SampleOutput, sample
 from jaxinfer.sampling.state import SamplerState, admit, init_state
+from jaxinfer.sharding.mesh import AXES
 from jaxinfer.sharding.spmd import (
     PER_DEVICE,
     PER_PLACE,
@@ -61,6 +62,7 @@ class StepPrograms:
         self.pools = {pool: pools[pool] for pool in sorted({plan.layers[index].pool for index in stage.layers})}
         self.state = self._initial_state(model, plan, stage.mesh)
         self.loads = tuple(self._load(plan, segment) for segment in self.segments)
+        self.has_experts = any(load is not None for load in self.loads)
         self._model, self._plan, self._programs = model, plan, programs
         self._ends, self._layers = self.split(params)
         self._platform = stage.mesh.devices.flat[0].platform
@@ -94,6 +96,8 @@ class StepPrograms:
                 self.end(layout)
                 self.scorer(num_tokens)
         self.copier()
+        if self.has_experts:
+            self.expert_tokens()
         if self._is_last:
             for num_rows in self._plan.sequence_buckets:
                 self.sampler(num_rows)
@@ -237,6 +241,18 @@ class StepPrograms:
             return jitted.lower(self.state, self._per_shard(()), counts, bias)
 
         return self._programs.get("admission", lower)
+
+    def expert_tokens(self) -> Any:
+        """(loads) -> the same of all devices together, int32 [layers with experts, E] on each."""
+
+        def total(loads: Any) -> Any:
+            different = tuple(axis for axis in AXES if axis != "tensor")  # along which devices have the same tokens
+            return jax.tree.map(lambda load: jax.lax.psum(load, different), loads)
+
+        def lower() -> jax.stages.Lowered:
+            return self._jit(total, (PER_DEVICE,), PartitionSpec()).lower(self.loads)
+
+        return self._programs.get("expert tokens", lower)
 
     def _jit(self, function: Any, inputs: tuple[Any, ...], outputs: Any, donate: tuple[int, ...] = ()) -> Any:
         mesh = self.stage.mesh

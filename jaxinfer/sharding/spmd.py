@@ -119,10 +119,14 @@ def any_row(flags: jax.Array) -> jax.Array:
 
     XLA may put exchanges among all devices into a branch, and waits for ever for those that did not take it.
     """
-    any_here = jnp.any(flags)
+    return most_of_shards(jnp.any(flags))
+
+
+def most_of_shards(x: jax.Array) -> jax.Array:
+    """The largest that any shard has, inside `each_device` and `each_shard`; elsewhere x itself."""
     mesh = jax.sharding.get_abstract_mesh()
     several = set(SHARDS) <= set(mesh.manual_axes) and num_shards(mesh) > 1  # XLA's CPU compiler keeps those of one
-    return jax.lax.pmax(any_here, SHARDS) if several else any_here
+    return jax.lax.pmax(x, SHARDS) if several else x
 
 
 # On one device of a mesh, inside each_device:
@@ -138,6 +142,14 @@ def gather_stored(params: Any, cuts: Any) -> Any:
         return part
 
     return jax.tree.map(whole, cuts, params, is_leaf=_is_spec)
+
+
+def find_stored(find: Callable[[jax.Array], jax.Array], ids: jax.Array) -> jax.Array:
+    """What find(ids [T]) finds in a table of which devices keep different columns: whole rows [T, D], while no more of
+    the table moves than they."""
+    (axis,) = STORED_APART
+    found = find(jax.lax.all_gather(ids, axis, tiled=True))
+    return jax.lax.all_to_all(found, axis, split_axis=0, concat_axis=1, tiled=True)
 
 
 def gather_after(x: jax.Array, params: Any, cuts: Any) -> tuple[jax.Array, Any]:
@@ -173,27 +185,58 @@ def place_on(axis: str) -> jax.Array:
     return jax.lax.axis_index(mesh_axes((axis,)))
 
 
-# The rows of a batch [T, ...] lie in order on the C devices of `context`, T / C on each. (A collective of one device
-# would be kept by XLA's CPU compiler.)
+# The rows of a batch [T, ...] lie on the C devices of `context` in 2 C pieces: the device at place c has the c-th piece
+# and the c-th from the end, so that of one long chunk, whose last rows see twice as much of it as the middle ones, all
+# have as much to do (zig-zag, arXiv:2407.21783). Where rows can not be cut so it has one piece.
+# (A collective of one device would be kept by XLA's CPU compiler.)
+
+
+def own_pieces(num_rows: int) -> tuple[jax.Array, int]:
+    """Where this device's pieces of T rows begin, int32 [1 or 2], and how long each is."""
+    size, place = jax.lax.axis_size(CONTEXT), jax.lax.axis_index(CONTEXT)
+    if num_rows % (2 * size):
+        return jnp.stack([place]) * (num_rows // size), num_rows // size
+    length = num_rows // (2 * size)
+    return jnp.stack([place, 2 * size - 1 - place]) * length, length
 
 
 def own_part(rows: jax.Array) -> jax.Array:
     """Of rows [T, ...] that every device has, this device's own [T / C, ...]."""
-    count = rows.shape[0] // jax.lax.axis_size(CONTEXT)
-    if count == rows.shape[0]:
+    if jax.lax.axis_size(CONTEXT) == 1:
         return rows
-    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(CONTEXT) * count, count)
+    starts, length = own_pieces(rows.shape[0])
+    return jnp.concatenate([jax.lax.dynamic_slice_in_dim(rows, start, length) for start in starts])
 
 
 def all_parts(own: jax.Array) -> jax.Array:
     """The rows [T, ...] of which each device has [T / C, ...], on every device."""
-    return own if jax.lax.axis_size(CONTEXT) == 1 else jax.lax.all_gather(own, CONTEXT, tiled=True)
+    size = jax.lax.axis_size(CONTEXT)
+    return own if size == 1 else in_order(jax.lax.all_gather(own, CONTEXT, tiled=True), size)
+
+
+def in_order(rows: jax.Array, size: int) -> jax.Array:
+    """Rows [T, ...] as `size` devices have them, one's after another's, in the batch's order."""
+    if rows.shape[0] % (2 * size):
+        return rows
+    pairs = rows.reshape(size, 2, -1, *rows.shape[1:])
+    return jnp.concatenate([pairs[:, 0], pairs[::-1, 1]]).reshape(rows.shape)
+
+
+def by_device(rows: jax.Array, size: int) -> jax.Array:
+    """The inverse of `in_order`."""
+    if rows.shape[0] % (2 * size):
+        return rows
+    pieces = rows.reshape(2 * size, -1, *rows.shape[1:])
+    return jnp.stack([pieces[:size], pieces[: size - 1 : -1]], axis=1).reshape(rows.shape)
 
 
 def rows_at(own: jax.Array, places: jax.Array) -> jax.Array:
     """Those at `places` [R] of all rows [T, D], of which each device has [T / C, D]: [R, D], on every device."""
-    if jax.lax.axis_size(CONTEXT) == 1:
+    size = jax.lax.axis_size(CONTEXT)
+    if size == 1:
         return own[places]
-    here = places - jax.lax.axis_index(CONTEXT) * own.shape[0]
-    is_here = (here >= 0) & (here < own.shape[0])
-    return jax.lax.psum(jnp.where(is_here[:, None], own[here], 0), CONTEXT)
+    starts, length = own_pieces(size * own.shape[0])
+    offset = places - starts[:, None]  # [pieces, R], in each of this device's pieces
+    is_here = (offset >= 0) & (offset < length)
+    index = jnp.sum(jnp.where(is_here, offset + length * jnp.arange(len(starts))[:, None], 0), axis=0)
+    return jax.lax.psum(jnp.where(is_here.any(0)[:, None], own[index], 0), CONTEXT)

@@ -42,6 +42,7 @@ CASES = (
     Case("Llama 3.1 405B", "tpu7x:2x4x4", "data=2,fsdp=4,tensor=8"),
     Case("Llama 3.1 405B", "v5p:4x4x4", "stage=8,tensor=8"),
     Case("Llama 3.1 70B", "v5p:4x4x4", "context=8,tensor=8", 2048, 1, 2**20, 2**20 // 16 // 8 + 1),
+    Case("Llama 3.1 70B", "v5p:4x4x4", "context=8,tensor=8", 2048, 1, 2**20, 2**20 // 16 // 8 + 1, keys_travel=True),
     Case("Qwen3 235B A22B", "v6e:4x8", "expert=8,tensor=4"),
     Case("Qwen3 235B A22B", "v5p:2x4x4", "expert=32"),
     Case("Qwen3 235B A22B", "tpu7x:2x2x2", "expert=4,tensor=4"),

@@ -36,7 +36,7 @@ Moved = Counter[tuple[str, int]]
 class Case:
     """A model on a slice, and a step of one shard: tokens of up to num_seqs sequences of at most max_len each.
 
-    By default it is a decode of 64 sequences.
+    By default it is a decode of 64 sequences. keys_travel: under `context`, a step whose keys are few.
     """
 
     model: str
@@ -46,6 +46,7 @@ class Case:
     num_seqs: int = 64
     max_len: int = 8192
     num_pages: int = 2048
+    keys_travel: bool = False
 
     def __str__(self) -> str:
         return f"{self.model:<16} {self.slice:<11} {self.mesh:<24}"
@@ -69,6 +70,24 @@ class Found:
     moved: Moved
     moved_in_layers: int
     moved_by_hand: float
+
+
+def taken(text: str, keys_travel: bool) -> str:
+    """Of a compiled program's computations, those that run where keys travel, or do not."""
+    computations = {match[1]: match[0] for match in re.finditer(r"^(?:ENTRY )?%?([\w.-]+) .*?^}", text, re.M | re.S)}
+    left_out: set[str] = set()
+    for pair in re.findall(r"branch_computations=\{([^}]*)\}", text):
+        queries, keys = pair.replace("%", "").split(", ")
+        left_out.add(queries if keys_travel else keys)
+    for keys, queries in re.findall(r"true_computation=%?([\w.-]+), false_computation=%?([\w.-]+)", text):
+        left_out.add(queries if keys_travel else keys)
+    (waiting,) = ([name] for name, body in computations.items() if body.startswith("ENTRY"))
+    reached = set(waiting)
+    while waiting:
+        called = set(re.findall(r"[\w.-]+", computations[waiting.pop()])) & computations.keys()
+        waiting += called - reached - left_out
+        reached |= called - left_out
+    return "\n".join(computations[name] for name in sorted(reached))
 
 
 def collectives(text: str) -> Moved:
@@ -120,12 +139,12 @@ def compile_step(case: Case, *, with_ends: bool = True) -> Found:
             for number, segment in enumerate(programs.segments):
                 program = programs.layers(layout, number)
                 if id(program) not in seen:
-                    seen[id(program)] = collectives(program.as_text())
+                    seen[id(program)] = collectives(taken(program.as_text(), case.keys_travel))
                     scratch = max(scratch, program.memory_analysis().temp_size_in_bytes)
                     check_pools(program, plan, segment.pools)
                     check_weights(program, layers[number])
                     check_gathered(program, layers[number], mesh.shape["fsdp"])
-                    check_collectives(seen[id(program)], mesh.shape, len(segment.layers))
+                    check_collectives(seen[id(program)], mesh.shape, len(segment.layers), case.keys_travel)
                 in_layers.update(seen[id(program)])
                 estimate += estimated_seconds(program)
             for program in _ends(programs, layout, case, plan) if with_ends else ():
@@ -143,7 +162,7 @@ def compile_step(case: Case, *, with_ends: bool = True) -> Found:
         estimate=estimate,
         moved=in_layers + at_ends,
         moved_in_layers=sum(size * count for (_, size), count in in_layers.items()),
-        moved_by_hand=moved_bytes(config, mesh.shape, case.tokens),
+        moved_by_hand=moved_bytes(config, mesh.shape, case.tokens, case.keys_travel),
     )
 
 
@@ -198,16 +217,16 @@ def check_pools(program: Any, plan: Plan, pools: tuple[int, ...]) -> None:
     assert memory.alias_size_in_bytes >= size, f"{memory.alias_size_in_bytes} B aliased, the pools have {size} B"
 
 
-def check_collectives(found: Moved, sizes: Mapping[str, int], num_layers: int) -> None:
-    """Two all-reduces a layer under tensor, one (of maxima) under context; nothing gathered but under fsdp (weights),
-    expert and context (rows).
+def check_collectives(found: Moved, sizes: Mapping[str, int], num_layers: int, keys_travel: bool) -> None:
+    """Two all-reduces a layer under tensor, one (of maxima) where queries travel; nothing gathered but under
+    fsdp (weights), expert and context (rows).
 
     Gathers and scatters of fsdp and expert XLA makes all-reduces of where it takes them for faster.
     """
     number = Counter[str]()
     for (kind, _), count in found.items():
         number[kind] += count
-    expected = num_layers * (2 * (sizes["tensor"] > 1) + (sizes["context"] > 1))
+    expected = num_layers * (2 * (sizes["tensor"] > 1) + (sizes["context"] > 1 and not keys_travel))
     if sizes["fsdp"] > 1 or sizes["expert"] > 1:
         assert number["all-reduce"] >= expected, f"{number['all-reduce']} all-reduces, expected {expected} or more"
         return

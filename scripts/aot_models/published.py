@@ -108,13 +108,13 @@ def weight_bytes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> float:
     return 2 * (cut / sizes["tensor"] + layers * whole) / sizes["fsdp"] / sizes["stage"]
 
 
-def moved_bytes(config: Mapping[str, Any], sizes: Mapping[str, int], rows: int) -> float:
+def moved_bytes(config: Mapping[str, Any], sizes: Mapping[str, int], rows: int, keys_travel: bool = False) -> float:
     """Bytes that collectives give one device in the layers of a step of `rows` tokens a shard, in bfloat16.
 
     tensor: two all-reduces of a device's rows a layer. fsdp: every matrix of a layer, whole again. expert: room for
     twice the rows that are chosen for, there and back, or with no more devices than choices the rows of all shards with
     their choices, and back the sums of its own. context: all rows' queries, keys, values and maxima, and back the sums
-    of its own in float32, with their weights.
+    of its own in float32, with their weights; where keys travel, all rows' keys and values, and so many again.
     """
     width, layers = config["hidden_size"], config["num_hidden_layers"]
     own = rows // sizes["context"]
@@ -134,5 +134,7 @@ def moved_bytes(config: Mapping[str, Any], sizes: Mapping[str, int], rows: int) 
     if sizes["context"] > 1:
         head = config.get("head_dim", width // config["num_attention_heads"])
         heads, kv_heads = (config[f"num_{name}_heads"] / sizes["tensor"] for name in ("attention", "key_value"))
+        if keys_travel:
+            return total + layers * 2 * rows * head * 2 * 2 * kv_heads
         total += layers * (rows * (head * 2 * (heads + 2 * kv_heads) + heads * 4) + own * heads * (head + 1) * 4)
     return total

@@ -66,6 +66,20 @@ def test_four_processes_give_the_tokens_of_one(tmp_path: Path, cache: Path) -> N
     assert all(len(said) == 1 + said_of_gloo(said) for said in group.said()[1:]), "process 0 speaks for all"
 
 
+@pytest.mark.slow
+def test_context_and_experts_over_two_processes(tmp_path: Path, cache: Path) -> None:
+    """Keys that travel, and queries; the experts' load is that of both processes."""
+    model = GOLDENS / "gpt_oss"
+    golden = np.load(model / "golden.npz")
+    lines = [greedy(golden[f"prompt_{i}"].tolist(), 8) for i in range(2)]
+    command = ["run", *job(tmp_path, lines), "--model", str(model), "--mesh", "context=2", *SIZES]
+    with processes(tmp_path, 2, command, cache) as group:
+        assert group.wait(140) == [0] * 2, group.said()
+    tokens = [result["outputs"][0]["token_ids"] for result in results(tmp_path)]
+    assert tokens == [golden[f"greedy_{i}"].tolist()[:8] for i in range(2)]
+    assert any(line.startswith("expert load") for line in group.said()[0])
+
+
 def said_of_gloo(lines: list[str]) -> int:
     return sum("[Gloo]" in line for line in lines)
 

@@ -97,3 +97,24 @@ def test_a_model_too_large_for_its_devices(monkeypatch: pytest.MonkeyPatch) -> N
         match=r"GiB it has; spread them over \d+ times as many devices",
     ):
         load_model(GOLDENS / "llama3_gqa")
+
+
+GATHERED = """
+import math, re
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine import Engine
+from tests.e2e.harness import GOLDENS
+
+config = EngineConfig(str(GOLDENS / "gpt_bigcode_mqa"), mesh="fsdp=2", max_model_len=32, max_num_seqs=2,
+                      max_num_batched_tokens=8, num_pages=8, compilation_cache_dir=False)
+programs, = Engine(config).runner._programs
+text = programs.begin(programs.layout(8)).as_text()
+moved = re.findall(r"= \\(?[a-z]+\\d+\\[([\\d,]*)\\].* (?:all-gather|all-to-all)\\(", text)
+largest = max(math.prod(map(int, filter(None, shape.split(",")))) for shape in moved)
+print(len(moved) > 0, largest <= 8 * programs._model.config.hidden_size)
+"""
+
+
+def test_of_embeddings_that_are_stored_apart_rows_are_gathered() -> None:
+    """fsdp: of the table of tokens and the table of positions."""
+    assert run_on_devices(GATHERED, 2).split() == ["True", "True"]

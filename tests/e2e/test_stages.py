@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from tests.sharding.run_on_devices import run_on_devices
 
 LANES = """
@@ -89,3 +93,56 @@ print("done")
 
 def test_lanes_are_as_good_as_one_and_survive_what_interrupts_them() -> None:
     assert run_on_devices(LANES, 2).split() == ["done"]
+
+
+FOUR = """
+import jax, json, pathlib, pytest
+jax.config.update("jax_disable_most_optimizations", True)
+import numpy as np
+from jaxinfer.checkpoint.orbax import save_orbax
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine import Engine
+from jaxinfer.loading import load_model
+from jaxinfer.models.model import Model
+from jaxinfer.models.registry import resolve
+from jaxinfer.models.stages import param_shardings
+from jaxinfer.sharding.mesh import make_mesh
+from tests.e2e.harness import GOLDENS, few_programs, greedy, random_prompts, run
+
+directory = pathlib.Path({directory!r})
+config = json.loads((GOLDENS / "llama3_gqa" / "config.json").read_text()) | dict(num_hidden_layers=6)
+(directory / "config.json").write_text(json.dumps(config))
+model = Model(resolve(config)[1])
+saved = jax.device_put(model.init_params(3), param_shardings(model, make_mesh("fsdp=2,tensor=2")))
+save_orbax(directory, saved)
+sizes = dict(max_model_len=64, page_size=4, max_num_seqs=2, max_num_batched_tokens=16, num_pages=40)
+prompts = random_prompts(3, 30, 5, 19, 9, 12)
+
+def engine(mesh):
+    with pytest.MonkeyPatch.context() as patch:
+        few_programs(patch, (16,))
+        return Engine(EngineConfig(str(directory), mesh=mesh, compilation_cache_dir={directory!r} + "/kept", **sizes))
+
+def tokens(engine):
+    return [output.outputs[0].token_ids for output in run(engine, prompts, greedy(12))]
+
+want = tokens(engine(None))
+for mesh in ("stage=4,context=2", "stage=4,tensor=2"):
+    first = engine(mesh)
+    assert [len(stage.layers) for stage in first.plan.stages] == [1, 2, 2, 1]
+    jax.tree.map(np.testing.assert_array_equal, first.loaded.params, saved)
+    assert jax.tree.map(lambda leaf: leaf.sharding, first.loaded.params) == first.loaded.shardings
+    assert tokens(first) == want, mesh
+second = engine("stage=4,tensor=2")
+assert tokens(second) == want
+started, again = first.stats(), second.stats()
+assert started.num_programs_compiled and not started.num_programs_loaded
+assert (again.num_programs_compiled, again.num_programs_loaded) == (0, started.num_programs_compiled)
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_four_stages_from_orbax_and_from_kept_programs(tmp_path: Path) -> None:
+    """Restored from another layout than it was saved in; the second start compiles nothing."""
+    assert run_on_devices(FOUR.format(directory=str(tmp_path)), 8).split() == ["done"]

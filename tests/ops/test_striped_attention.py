@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinfer.ops.paged_attention import BACKENDS, AttentionCase, attend, choose_backend
+from jaxinfer.ops.paged_attention import BACKENDS, AttentionCase, attend, choose_backend, prepare
+from jaxinfer.ops.paged_attention_context import describe, rounds
+from jaxinfer.sharding.spmd import by_device, in_order
 from pallas_kernels.paged_attention import gpu_layout
 from tests.ops.ragged import Ragged, make_case
 
@@ -27,12 +29,15 @@ def striped(name: str, case: AttentionCase) -> Callable[..., tuple[jax.Array, ja
 
     def run(q, k, v, pools, batch, sinks):
         def on_device(q, k, v, pool):
-            metadata = backend.prepare(case, batch, 0)
+            metadata = prepare(backend, case, batch, 0)
             return attend(backend, case, q, k, v, pool, batch, 0, metadata, sinks)
 
-        parts = jax.tree.map(lambda rows: rows.reshape(case.context, -1, *rows.shape[1:]), (q, k, v))
-        out, pools = jax.vmap(on_device, axis_name="context")(*parts, pools)
-        return out.reshape(-1, *out.shape[2:]), pools
+        def parts(rows):
+            return by_device(rows, case.context).reshape(case.context, -1, *rows.shape[1:])
+
+        q, k, v = jax.tree.map(parts, (q, k, v))
+        out, pools = jax.vmap(on_device, axis_name="context")(q, k, v, pools)
+        return in_order(out.reshape(-1, *out.shape[2:]), case.context), pools
 
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -106,6 +111,44 @@ def test_first_tokens_and_empty_devices() -> None:
     check(Ragged(case, [(cached, 1) for cached in range(8)], *sizes), "xla")
     check(Ragged(case, [(0, 1), (0, 2), (1, 3)], *sizes), "xla")
     check(Ragged(case, [], *sizes), "xla")
+
+
+TRAVELS = (  # the cached and new tokens of each row, and whether their keys are few enough to travel: of 4 pages
+    ([(0, 16)], True),
+    ([(17, 15)], True),
+    ([(24, 9)], False),
+    ([(0, 1), (8, 1), (3, 5), (7, 2)], False),  # 1, 2, 1 and 2
+    ([(0, 1), (7, 1), (0, 14)], True),
+)
+
+
+def test_the_cheaper_form_is_taken() -> None:
+    """Of each piece of rows too: chunks begin, end and lie within any."""
+    case, *sizes = KINDS[0][:4]
+    backend = BY_NAME["xla"]
+
+    def is_cheaper(place, batch):
+        return prepare(backend, case, batch, 0).keys.is_cheaper
+
+    chosen = jax.jit(jax.vmap(is_cheaper, axis_name="context", in_axes=(0, None)))
+    for lengths, keys_travel in TRAVELS:
+        ragged = Ragged(case, lengths, *sizes)
+        found = chosen(jnp.arange(case.context), ragged.batch)
+        assert found.tolist() == [keys_travel] * case.context, lengths
+        check(ragged, "xla")
+    assert rounds(backend, case, 4, 4) == (0, 0), "a step of decodes"
+
+
+def test_what_travels_is_said() -> None:
+    """Llama 3.1 70B in bfloat16 on context=8: by hand, 13 chunks' worth of keys move less than a chunk's queries."""
+    case = make_case(
+        num_heads=64, num_kv_heads=8, head_dim=128, page_size=16, dtype="bfloat16", platform="tpu", context=8
+    )
+    said = "in a step of 2048 tokens queries travel, 84 MiB a layer; "
+    assert describe(BY_NAME["xla"], case, 2048, 256) == (
+        said + "where it sees no more than 24576 keys they do, 3.5 KiB each"
+    )
+    assert describe(BY_NAME["reference"], case, 2048, 256) == said + "keys, 3.5 KiB each, never do"
 
 
 @pytest.mark.parametrize("name", BY_NAME)
