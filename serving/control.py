@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -196,9 +196,12 @@ def _read_weights(directory: Path, served: LoadedModel, dtype: Any) -> Params:
     from jaxinfer.checkpoint.config import read_config
     from jaxinfer.loading import load_model
     from jaxinfer.models.registry import resolve
+    from jaxinfer.quantization import choose as choose_quantization
 
     config_json, generation = read_config(directory)
     _, config = resolve(config_json)
+    quantization = None if served.config.quantization is None else served.config.quantization.name
+    config = replace(config, quantization=choose_quantization(quantization, config.quantization))
     for field in fields(config):
         own, other = getattr(served.config, field.name), getattr(config, field.name)
         if own != other:
@@ -210,7 +213,7 @@ def _read_weights(directory: Path, served: LoadedModel, dtype: Any) -> Params:
             f"{directory} ends with tokens {generation.eos_token_ids}, and the served model with "
             f"{served.generation.eos_token_ids}; start another server"
         )
-    return load_model(directory, mesh=served.mesh, dtype=dtype).params
+    return load_model(directory, mesh=served.mesh, dtype=dtype, quantization=quantization).params
 
 
 def _invalid(message: str) -> RequestError:
