@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxinfer.quantization import check_name
+
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -95,6 +97,7 @@ class EngineConfig:
 
     model                   a directory, or a hub id
     dtype                   of weights and activations; "auto" is the checkpoint's, and float32 on CPU
+    quantization            of the layers' weights: "int8", "int4", or None for as the checkpoint has them
     mesh                    devices by axis, such as "tensor=4"; None is one device
     max_model_len           longest prompt and output together, in tokens; None is the model's own limit
     max_num_seqs            sequences in one step; None is 32 on CPU, 256 elsewhere
@@ -114,6 +117,7 @@ class EngineConfig:
 
     model: str
     dtype: str = field(default_factory=_environment("dtype", "auto", str))
+    quantization: str | None = field(default_factory=_environment("quantization", None, str))
     mesh: str | None = field(default_factory=_environment("mesh", None, str))
     max_model_len: int | None = field(default_factory=_environment("max_model_len", None, int))
     max_num_seqs: int | None = field(default_factory=_environment("max_num_seqs", None, int))
@@ -139,6 +143,7 @@ class EngineConfig:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not supported; use one of {', '.join(DTYPES)}")
         parse_kv_cache_dtype(self.kv_cache_dtype)
+        check_name(self.quantization)
         if self.mesh is not None and not isinstance(self.mesh, str):
             raise ValueError(f"mesh={self.mesh!r} must be text such as 'tensor=4,data=2'")
         if self.mesh is not None:

@@ -14,10 +14,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.flags import OneLineParser
+from jaxinfer.quantization import BY_NAME, CONFIG_KEY, choose, num_bytes, to_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +45,9 @@ def parser() -> OneLineParser:
     result.add_argument("--output", required=True, metavar="DIR", help="where to write it; new, or empty")
     result.add_argument("--to", choices=FORMATS, help="format to write (default: the one the input is not in)")
     result.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are stored)")
+    result.add_argument(
+        "--quantization", choices=tuple(BY_NAME), help="round the layers' weights to 8 or 4 bits; to orbax alone"
+    )
     return result
 
 
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and an accelerator may be serving
     try:
-        convert(args.input, args.output, to=args.to, dtype=args.dtype)
+        convert(args.input, args.output, to=args.to, dtype=args.dtype, quantization=args.quantization)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_DONE
@@ -65,11 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def convert(source: str | Path, target: str | Path, *, to: str | None = None, dtype: str | None = None) -> None:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+) -> None:
     """Write the model in `source` (a directory or a hub id) to the directory `target`, new or empty.
 
     to: "orbax" or "safetensors"; None is the one that the source is not in. dtype: of the weights; None keeps each
-    one's. ValueError, in one line, for whatever is wrong with either.
+    one's. quantization: "int8" or "int4" for the layers' weights, which Orbax alone can keep so.
+    ValueError, in one line, for whatever is wrong with either.
     """
     from jaxinfer.checkpoint.config import copy_side_files, read_config
     from jaxinfer.checkpoint.hub import resolve_model_dir
@@ -82,15 +95,19 @@ def convert(source: str | Path, target: str | Path, *, to: str | None = None, dt
     directory = resolve_model_dir(source)
     config_json, _ = read_config(directory)
     family, config = resolve(config_json)
+    config = replace(config, quantization=choose(quantization, config.quantization))
     from_orbax = is_orbax(directory)
     to = to or ("safetensors" if from_orbax else "orbax")
+    if config.quantization is not None and to != "orbax":
+        raise ValueError(f"to={to!r}: weights of {config.quantization.name} are kept by orbax alone; use to orbax")
+    written = None if config.quantization is None else to_config(config.quantization)
     with appearing_whole(output) as partial:
         if from_orbax:
             num_bytes = _from_orbax(directory, partial, to, dtype, family.sources(config), config)
         else:
             num_bytes = _from_safetensors(directory, partial, to, dtype, family, config)
         # What was packed is not any more: every family that takes such a checkpoint unpacks it.
-        copy_side_files(directory, partial, _with_dtype(config_json, dtype) | {"quantization_config": None})
+        copy_side_files(directory, partial, _with_dtype(config_json, dtype) | {CONFIG_KEY: written})
     log.info("%s: %s, %.3f GB, in %.1f s", output, to, num_bytes / 1e9, time.perf_counter() - started)
 
 
@@ -136,7 +153,7 @@ def _remove(partial: Path) -> None:
 
 def check_space(partial: Path, params: Mapping[str, Param]) -> None:
     """ValueError where the file system has no room for these parameters."""
-    needed = sum(param.nbytes for param in params.values())
+    needed = num_bytes(params.values())
     free = shutil.disk_usage(partial).free
     if needed > free:
         raise ValueError(
@@ -166,7 +183,7 @@ def _from_safetensors(directory: Path, partial: Path, to: str, dtype: str | None
         if to == "orbax":
             loaded = load_params(reader, abstract, family, config)
             save_orbax(partial, loaded)
-            return sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+            return num_bytes(jax.tree.leaves(loaded))
         check_tensors(reader, found, {path: param.shape for path, param in params.items()}, family)
         sharding = SingleDeviceSharding(jax.devices()[0])
 
@@ -193,7 +210,7 @@ def _from_orbax(
         if to == "orbax":
             loaded = load_orbax(directory, abstract)
             save_orbax(partial, loaded)
-            return sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+            return num_bytes(jax.tree.leaves(loaded))
         reader.check({path: param.shape for path, param in params.items()})
 
         def read(paths: Sequence[str]) -> Mapping[str, np.ndarray]:
@@ -218,7 +235,9 @@ def _describe(
 
     def describe(path: Any, leaf: Any, axes: tuple[str | None, ...]) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        kept = np.dtype(stored.get(name, leaf.dtype))
+        # Of a weight that is yet to be quantized, the scales are of the dtype that it is stored in.
+        source = name if name in stored else name.removesuffix("/scales")
+        kept = np.dtype(stored.get(source, leaf.dtype))
         wanted = np.dtype(dtype) if dtype is not None and jnp.issubdtype(kept, jnp.floating) else kept
         params[name] = Param(tuple(leaf.shape), axes, wanted)
         return jax.ShapeDtypeStruct(leaf.shape, wanted)

@@ -9,6 +9,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from jaxinfer.config import DTYPES, KV_CACHE_DTYPES, EngineConfig, default_model, parse_cache_dir
+from jaxinfer.quantization import BY_NAME
 
 if TYPE_CHECKING:
     from jaxinfer.distributed.group import Group
@@ -34,6 +35,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
     add("--model", "DIR", "checkpoint directory or hub id (default: the model that comes with jaxinfer)")
     add("--dtype", None, "of weights and activations (default: the checkpoint's; float32 on CPU)", choices=DTYPES)
+    add(
+        "--quantization",
+        None,
+        "round the layers' weights to 8 or 4 bits as they are read (default: as the checkpoint has them)",
+        choices=tuple(BY_NAME),
+    )
     axes = "data, fsdp, stage, context, expert, tensor"
     add("--mesh", "AXES", f"devices by axis ({axes}), such as data=2,tensor=4 (default: one device)")
     add("--max-model-len", "N", "longest prompt and output together, in tokens (default: the model's limit)", type=int)

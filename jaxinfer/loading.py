@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from jaxinfer.models.model import Model, Params
 from jaxinfer.models.registry import resolve as resolve_family
 from jaxinfer.models.stages import param_shardings
 from jaxinfer.plan import resolve_dtype
+from jaxinfer.quantization import choose
 from jaxinfer.runner import functional
 from jaxinfer.runner.functional import KVCache
 from jaxinfer.sharding.mesh import make_mesh
@@ -155,7 +156,7 @@ class LoadedModel:
 
         On one CPU device they are fused, and `params` then shares their memory: nothing is held twice.
         """
-        if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
+        if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu" or self._has_packed():
             return self.model, self.params
         if self._served is not None and self._served[0] is self.params:
             return self._served[1]
@@ -167,6 +168,10 @@ class LoadedModel:
         served = Model(self.config, self.model.dtype, fused=True), {**ends, "layers": fused}
         self._served = self.params, served
         return served
+
+    def _has_packed(self) -> bool:
+        """Whether weights are int4, of which two share a byte on the device: no view of the host's reads that."""
+        return self.config.quantization is not None and self.config.quantization.bits == 4
 
     def _on_device(self, leaf: Any) -> jax.Array:
         return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec())) if isinstance(leaf, np.ndarray) else leaf
@@ -183,16 +188,23 @@ def _cut(whole: jax.Array, like: Sequence[jax.Array]) -> list[np.ndarray]:
 
 
 def load_model(
-    path: str | Path, *, mesh: str | dict[str, int] | Mesh | None = None, dtype: Any = "auto"
+    path: str | Path,
+    *,
+    mesh: str | dict[str, int] | Mesh | None = None,
+    dtype: Any = "auto",
+    quantization: str | None = None,
 ) -> LoadedModel:
     """Load a checkpoint onto `mesh` (None: one device) in `dtype` ("auto": the checkpoint's own, float32 on CPU).
 
+    quantization: "int8" or "int4" for weights of the layers so rounded (jaxinfer/quantization.py says which), None for
+    the checkpoint's own. Such a weight is {"values", "scales"} among the parameters.
     Every tensor goes straight to its sharding; host memory stays near the parameters plus one tensor. ValueError, in
     one line, for whatever is wrong with the directory.
     """
     directory = resolve_model_dir(path)
     config_json, generation = read_config(directory)
     family, config = resolve_family(config_json)
+    config = replace(config, quantization=choose(quantization, config.quantization))
     made = make_mesh(mesh)
     stored = config_json.get("dtype") or config_json.get("torch_dtype")
     computed = resolve_dtype(str(np.dtype(dtype)) if dtype != "auto" else "auto", stored, made.devices.flat[0].platform)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -200,9 +200,12 @@ def _read_weights(directory: Path, served: LoadedModel, dtype: Any) -> Params:
     from jaxinfer.checkpoint.config import read_config
     from jaxinfer.loading import load_model
     from jaxinfer.models.registry import resolve
+    from jaxinfer.quantization import choose as choose_quantization
 
     config_json, generation = read_config(directory)
     _, config = resolve(config_json)
+    quantization = None if served.config.quantization is None else served.config.quantization.name
+    config = replace(config, quantization=choose_quantization(quantization, config.quantization))
     for field in fields(config):
         own, other = getattr(served.config, field.name), getattr(config, field.name)
         if own != other:
@@ -215,7 +218,7 @@ def _read_weights(directory: Path, served: LoadedModel, dtype: Any) -> Params:
             f"{served.generation.eos_token_ids}; start another server"
         )
     check_room(served, lambda device: device.memory_stats() or {})
-    return load_model(directory, mesh=served.mesh, dtype=dtype).params
+    return load_model(directory, mesh=served.mesh, dtype=dtype, quantization=quantization).params
 
 
 def check_room(served: LoadedModel, memory_of: Callable[[Any], Mapping[str, int]]) -> None:

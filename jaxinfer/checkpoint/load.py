@@ -20,10 +20,12 @@ import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from jaxinfer.checkpoint import quantize
 from jaxinfer.checkpoint.mxfp4 import PACKED_BYTES, unpack_mxfp4
 from jaxinfer.checkpoint.reader import CheckpointReader, TensorInfo
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families.base import Family, Source
+from jaxinfer.quantization import num_bytes
 
 log = logging.getLogger(__name__)
 
@@ -42,35 +44,38 @@ def load_params(
     """The nested dict of jax.Arrays that `abstract` describes, read from `reader`.
 
     abstract: nested dict of ShapeDtypeStruct. family: says which tensor fills which parameter of `config`. shardings:
-    the same nesting; None puts everything on the default device.
+    the same nesting; None puts everything on the default device. Weights that are quantized are so one by one, before
+    the next is there.
 
     ValueError, naming the tensors, for missing, unexpected or wrongly shaped ones.
     """
     started = time.perf_counter()
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    kept, treedef = jax.tree.flatten(abstract, is_leaf=quantize.is_quantized)
+    placed = treedef.flatten_up_to(on_default_device(abstract) if shardings is None else shardings)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(quantize.before(abstract))
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     sources = family.find_sources(config, reader.tensors)
     assert set(paths) == set(sources), sorted(set(paths) ^ set(sources))
-    placed = treedef.flatten_up_to(on_default_device(abstract) if shardings is None else shardings)
     shapes = {path: tuple(leaf.shape) for path, (_, leaf) in zip(paths, leaves, strict=True)}
     check_tensors(reader, sources, shapes, family)
 
     infos = [reader.tensors[sources[path].names(1)[0]] for path in paths]
     in_file_order = sorted(range(len(paths)), key=lambda i: (infos[i].file, infos[i].offset))
-    arrays: dict[int, jax.Array] = {}
-    previous: jax.Array | None = None
+    arrays: dict[int, Any] = {}
+    previous: Any = None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="load") as pool:
         for i in in_file_order:
             wanted = np.dtype(leaves[i][1].dtype)
-            arrays[i] = load_param(reader, sources[paths[i]], shapes[paths[i]], wanted, placed[i], pool)
-            if previous is not None:
-                previous.block_until_ready()  # so that at most two parameters wait on the host
+            sharding = quantize.shardings_before(placed[i])
+            array = load_param(reader, sources[paths[i]], shapes[paths[i]], wanted, sharding, pool)
+            arrays[i] = quantize.quantized(array, kept[i], placed[i])
+            jax.block_until_ready(previous)  # so that at most two parameters wait on the host
             previous = arrays[i]
     jax.block_until_ready(previous)
     log.info(
         "loaded %d parameters, %.2f GB, in %.2f s from %s",
         len(arrays),
-        sum(array.nbytes for array in arrays.values()) / 1e9,
+        num_bytes(jax.tree.leaves(arrays)) / 1e9,
         time.perf_counter() - started,
         reader.directory,
     )

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfer.checkpoint import quantize
 from jaxinfer.checkpoint.load import name_some, on_default_device
 
 PARAMS_DIR = "params"
@@ -62,14 +63,33 @@ def load_orbax(
     """The nested dict of jax.Arrays that `abstract` describes, restored from a model directory. See load_params.
 
     Each device reads its own part. Host memory beside the parameters: up to 1 GB of what is being read, or the two
-    largest parameters. ValueError, naming parameters, for missing, unexpected or wrongly shaped ones.
+    largest parameters. Weights to be quantized are read and rounded a layer at a time.
+    ValueError, naming parameters, for missing, unexpected or wrongly shaped ones.
     """
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, abstract)
+    placed = on_default_device(abstract) if shardings is None else dict(shardings)
     with OrbaxReader(directory) as reader:
+        stored = abstract if reader.is_quantized else quantize.before(abstract)
         reader.check(
-            {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+            {_path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
         )
-        return reader.restore(abstract, dtypes, on_default_device(abstract) if shardings is None else shardings)
+        if jax.tree.structure(stored) == jax.tree.structure(abstract):
+            return reader.restore(abstract, _dtypes(abstract), placed)
+        params: dict[str, Any] = {"layers": {}}
+        for part, wanted, where in zip(_parts(stored), _parts(abstract), _parts(placed), strict=True):
+            read = reader.restore(part, _dtypes(part), quantize.shardings_before(where))
+            made = jax.block_until_ready(jax.tree.map(quantize.quantized, read, wanted, where))
+            params = {**params, **made, "layers": {**params["layers"], **made.get("layers", {})}}
+        return params
+
+
+def _parts(params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """All but the layers, and then these one by one, each where it is among the parameters."""
+    yield {name: value for name, value in params.items() if name != "layers"}
+    yield from ({"layers": {index: layer}} for index, layer in params["layers"].items())
+
+
+def _dtypes(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.dtype, abstract)
 
 
 class OrbaxReader:
@@ -103,6 +123,11 @@ class OrbaxReader:
 
     def __exit__(self, *exc: object) -> None:
         self._checkpointer.close()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights among the parameters are values and scales."""
+        return any(path.endswith("/values") for path in self.shapes)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """ValueError, naming parameters, unless the checkpoint holds exactly these."""

@@ -46,7 +46,8 @@ class Follower:
         if command.kind == "load":
             self._sent = self._runner = self._loaded = None  # first, so that no two are in memory
             self._config = EngineConfig(**command.content)
-            self._loaded = load_model(self._config.model, mesh=self._config.mesh, dtype=self._config.dtype)
+            own = self._config
+            self._loaded = load_model(own.model, mesh=own.mesh, dtype=own.dtype, quantization=own.quantization)
         elif command.kind == "plan":
             self._runner = self._make_runner(*command.content)
         else:

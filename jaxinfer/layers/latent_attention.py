@@ -37,8 +37,8 @@ class LatentAttention(nnx.Module):
         self.q = Linear(make, q_latent if has_q_latent else embed, query)
         self.kv_down = Linear(make, embed, down, bias=bias)
         self.kv_norm = RMSNorm(make, kv_latent, eps=_NORM_EPS, offset=0.0)
-        self.k_up = Linear(make, kv_latent, {**heads, "head_dim": latent.key_dim})
-        self.v_up = Linear(make, kv_latent, values)
+        self.k_up = Linear(make, kv_latent, {**heads, "head_dim": latent.key_dim}, quantized=False)
+        self.v_up = Linear(make, kv_latent, values, quantized=False)
         self.o = Linear(make, values, embed, bias=config.output_bias)
 
     def project(self, x: jax.Array, cos_sin: Rotation | None) -> tuple[jax.Array, jax.Array, None]:

@@ -28,7 +28,8 @@ class MoE(nnx.Module):
         self.router = Router(make, config, layer.experts)
         self.experts = Experts(make, config, layer)
         self.shared = MLP(make, config, shared_dim, fused=fused) if shared_dim else None
-        self.shared_gate = Linear(make, embed, {"one": 1}) if layer.experts.shared_gate else None
+        has_gate = layer.experts.shared_gate
+        self.shared_gate = Linear(make, embed, {"one": 1}, quantized=False) if has_gate else None
 
     def __call__(self, x: jax.Array, is_real: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """x [T, D] -> y [T, D], and how many tokens chose each expert, int32 [E].
@@ -185,7 +186,7 @@ class StackedLinear(nnx.Module):
     ) -> None:
         ((self.input_axis, width),) = inputs.items()
         self.input_size = width
-        self.weight = make.normal({**experts, **inputs, **out}, width**-0.5)
+        self.weight = make.projection({**experts, **inputs, **out}, inputs)
         self.bias = make.constant({**experts, **out}, 0.0) if bias else None
 
     def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxinfer.quantization import Quantization
+
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "sandwich"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -165,6 +167,7 @@ class ModelConfig:
     per_layer_input_dim: int = 0
     per_layer_input_vocab: int = 0
     layer_scalar: bool = False
+    quantization: Quantization | None = None  # of the layers' projections
 
     def __post_init__(self) -> None:
         for index, layer in enumerate(self.layers):

@@ -30,7 +30,7 @@ class PerLayerInputs(nnx.Module):
         self.embed_scale = math.sqrt(self.dim)
         self.projection_scale = config.hidden_size**-0.5
         self.embed = Embedding(make, {"vocab": config.per_layer_input_vocab}, width)
-        self.projection = Linear(make, {"embed": config.hidden_size}, width)
+        self.projection = Linear(make, {"embed": config.hidden_size}, width, quantized=False)
         self.norm = RMSNorm(make, {"per_layer_dim": self.dim}, eps=config.norm_eps, offset=config.norm_offset)
 
     def __call__(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
@@ -113,7 +113,7 @@ class Ends(nnx.Module):
         self.positions = Embedding(make, {"position": config.max_position}, embed) if config.learned_positions else None
         self.per_layer = PerLayerInputs(make, config) if config.per_layer_input_dim else None
         self.final_norm = make_norm(make, config)
-        self.lm_head = None if config.tie_embeddings else Linear(make, embed, vocab)
+        self.lm_head = None if config.tie_embeddings else Linear(make, embed, vocab, quantized=False)
 
     def begin(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """tokens, positions int32 [T] -> x [T, D], and the per-layer inputs [T, layers, Dp] or None."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 _GATE_UP = ("gate_up", ("gate", "up"))
 _FUSED = {("attention",): ("qkv", ("q", "k", "v")), ("mlp",): _GATE_UP, ("mlp", "shared"): _GATE_UP}
 
@@ -26,7 +28,7 @@ def fuse(layer: Mapping[str, Any], join: Join) -> dict[str, Any]:
         own = _block(fused, path)
         if all(part in own for part in parts):
             rest = {key: value for key, value in own.items() if key not in parts}
-            whole = {leaf: join([own[part][leaf] for part in parts]) for leaf in own[parts[0]]}
+            whole = jax.tree.map(lambda *leaves: join(leaves), *(own[part] for part in parts))
             fused = _with_block(fused, path, {**rest, name: whole})
     return fused
 
@@ -38,8 +40,10 @@ def unfuse(fused: Mapping[str, Any], like: Mapping[str, Any], cut: Cut) -> dict[
         own, shaped = _block(layer, path), _block(like, path)
         if name in own:
             rest = {key: value for key, value in own.items() if key != name}
-            cuts = {leaf: cut(whole, [shaped[part][leaf] for part in parts]) for leaf, whole in own[name].items()}
-            apart = {part: {leaf: cuts[leaf][i] for leaf in cuts} for i, part in enumerate(parts)}
+            leaves, treedef = jax.tree.flatten(own[name])
+            like_leaves = zip(*(treedef.flatten_up_to(shaped[part]) for part in parts), strict=True)
+            cuts = zip(*map(cut, leaves, like_leaves), strict=True)
+            apart = {part: treedef.unflatten(own_cuts) for part, own_cuts in zip(parts, cuts, strict=True)}
             layer = _with_block(layer, path, {**rest, **apart})
     return layer
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.stages import cut_points, stages
+from jaxinfer.quantization import num_bytes
 
 
 def check_layout(config: ModelConfig, mesh: Mesh) -> None:
@@ -111,7 +112,7 @@ def memory_limit(mesh: Mesh) -> int | None:
 
 def bytes_per_device(abstract: Any, shardings: Any) -> int:
     """Bytes of one device's part of the parameters."""
-    sizes = jax.tree.map(
-        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, abstract, shardings
+    parts = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype), abstract, shardings
     )
-    return sum(jax.tree.leaves(sizes))
+    return num_bytes(jax.tree.leaves(parts))

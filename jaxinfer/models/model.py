@@ -51,7 +51,7 @@ class Model:
         self.fused = fused
         # In the layers' order: a set's differs between processes, and so would the programs, which are kept on disk.
         self._ropes = tuple(dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None))
-        make = Parameters(self.dtype, None)
+        make = Parameters(self.dtype, None, config.quantization)
         kinds = {layer: self._layer(make, layer) for layer in dict.fromkeys(config.layers)}
         self._abstract = Ends(make, config), [kinds[layer] for layer in config.layers]
         self._ends = nnx.graphdef(self._abstract[0])
@@ -73,7 +73,7 @@ class Model:
 
     def init_params(self, seed: int = 0) -> Params:
         """Random parameters, scaled so that activations keep their size: for tests, benchmarks and training."""
-        make = Parameters(self.dtype, seed)
+        make = Parameters(self.dtype, seed, self.config.quantization)
         layers = [self._layer(make, layer) for layer in self.config.layers]
         return _by_layer(_values, Ends(make, self.config), layers)
 

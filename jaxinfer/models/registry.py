@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jaxinfer.models.config import ModelConfig
@@ -24,6 +25,7 @@ from jaxinfer.models.families import (
     starcoder2,
 )
 from jaxinfer.models.families.base import Family
+from jaxinfer.quantization import CONFIG_KEY, from_config
 
 _FAMILIES = (
     llama.FAMILY,
@@ -65,6 +67,8 @@ def resolve(config_json: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         )
     for name in names:
         if name in ARCHITECTURES:
-            family = ARCHITECTURES[name]
-            return family, family.config(config_json)
+            family, quantization = ARCHITECTURES[name], from_config(config_json)
+            if quantization is not None:
+                config_json = {key: value for key, value in config_json.items() if key != CONFIG_KEY}
+            return family, replace(family.config(config_json), quantization=quantization)
     raise ValueError(f"architecture {names[0]!r} is not supported; those that are: {', '.join(ARCHITECTURES)}")

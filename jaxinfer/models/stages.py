@@ -6,7 +6,6 @@ written as if there were no stages.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model, Params
+from jaxinfer.quantization import num_bytes
 from jaxinfer.sharding import rules
 
 
@@ -106,4 +106,4 @@ def _runs(config: ModelConfig, count: int) -> tuple[range, ...]:
 
 
 def _num_bytes(abstract: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    return num_bytes(jax.tree.leaves(abstract))

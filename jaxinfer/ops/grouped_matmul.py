@@ -15,21 +15,38 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer.ops.quantized_matmul import Quantized, dequantize
+
 _MOST_ROWS = 128  # of a block: beyond that a product is no faster
 
 _RAGGED = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
 
 
-def grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def grouped_matmul(x: jax.Array, weight: jax.Array | Quantized, group_sizes: jax.Array) -> jax.Array:
     """x [R, in], the rows of group 0, then of group 1, ...; weight [G, in, out]; group_sizes int32 [G] -> [R, out].
 
     Groups may be empty. Rows past the last group come out finite where x is, and mean nothing.
     """
+    if isinstance(weight, Quantized):
+        elsewhere = _ragged_quantized if weight.scales.shape[1] == 1 else _quantized_by_blocks
+        return lax.platform_dependent(x, weight, group_sizes, cpu=_quantized_by_blocks, default=elsewhere)
     return lax.platform_dependent(x, weight, group_sizes, cpu=_on_cpu, default=_ragged)
 
 
 def _ragged(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return lax.ragged_dot_general(x, weight, group_sizes, _RAGGED)
+
+
+def _ragged_quantized(x: jax.Array, weight: Quantized, group_sizes: jax.Array) -> jax.Array:
+    """With one scale for an output, which is left to the sum: XLA's ragged product then reads the values as they are."""
+    y = lax.ragged_dot_general(x, weight.values, group_sizes, _RAGGED, preferred_element_type=jnp.float32)
+    group = jnp.repeat(jnp.arange(weight.shape[0]), group_sizes, total_repeat_length=x.shape[0])
+    return (y * weight.scales[group, 0].astype(jnp.float32)).astype(x.dtype)
+
+
+def _quantized_by_blocks(x: jax.Array, weight: Quantized, group_sizes: jax.Array) -> jax.Array:
+    """Numbers are made of one group's matrix at a time: of all together they would fill the memory that was saved."""
+    return _by_blocks(x, weight, group_sizes, 0, _rounded_up(min(x.shape[0] / weight.shape[0], _MOST_ROWS), 16))
 
 
 @jax.custom_jvp
@@ -59,7 +76,7 @@ def _rounded_up(size: float, multiple: int) -> int:
     return -int(-size // multiple) * multiple
 
 
-def _by_blocks(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, first: int, size: int) -> jax.Array:
+def _by_blocks(x: jax.Array, weight: jax.Array | Quantized, group_sizes: jax.Array, first: int, size: int) -> jax.Array:
     """The products of every group's rows from its `first` on, in blocks of `size`; other rows mean nothing."""
     num_rows, out = x.shape[0], weight.shape[2]
     blocks = -(-jnp.maximum(group_sizes - first, 0) // size)
@@ -71,7 +88,9 @@ def _by_blocks(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, first: i
         group = jnp.sum(first_block[1:] <= block)
         start = first_row[group] + (block - first_block[group]) * size
         rows = lax.dynamic_slice_in_dim(padded, start, size)
-        matrix = lax.dynamic_index_in_dim(weight, group, keepdims=False)
+        matrix = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, group, keepdims=False), weight)
+        if isinstance(matrix, Quantized):
+            matrix = dequantize(matrix, x.dtype)
         # One row's product is a quarter faster with the matrix on the left.
         product = rows @ matrix if size > 1 else lax.dot_general(matrix, rows, (((0,), (1,)), ((), ()))).T
         # A group's last block also writes rows of the groups after it, whose own blocks come later.

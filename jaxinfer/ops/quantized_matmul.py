@@ -1,0 +1,114 @@
+"""x [T, in] times a quantized weight [out, in], whose numbers are made where they are used."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_FEW_ROWS = 16  # up to which a product for every group of inputs beats numbers made of the whole weight on a GPU or TPU
+_BLOCKS = os.cpu_count() or 1
+# Of a block's float32 numbers: for one row what a core's own cache holds, for more what pays for calling a library.
+_BLOCK_BYTES, _BLOCK_BYTES_OF_SEVERAL = 1 << 17, 1 << 22
+
+
+class Quantized(NamedTuple):
+    """A weight of any shape: values int8 or int4, and as many dimensions of scales, each shorter by how many neighbours
+    along it share one."""
+
+    values: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
+def quantize(weight: jax.Array, *, bits: int, scales_shape: tuple[int, ...]) -> Quantized:
+    """The nearest values, the largest of those that share a scale being the largest there is; scales in weight's dtype.
+
+    Values go by the scale that is kept: what its dtype rounds off is not lost.
+    """
+    limit = 2 ** (bits - 1) - 1
+    wide = weight.reshape(_split(weight.shape, scales_shape)).astype(jnp.float32)
+    shared = tuple(range(1, wide.ndim, 2))
+    scales = (jnp.abs(wide).max(axis=shared, keepdims=True) / limit).astype(weight.dtype)
+    steps = jnp.where(scales == 0, 1, scales).astype(jnp.float32)
+    values = jnp.clip(jnp.round(wide / steps), -limit, limit)
+    dtype = jnp.int8 if bits == 8 else jnp.int4
+    return Quantized(values.astype(jnp.int8).astype(dtype).reshape(weight.shape), scales.reshape(scales_shape))
+
+
+def dequantize(weight: Quantized, dtype: Any) -> jax.Array:
+    """The numbers that a weight stands for, each rounded to `dtype` once."""
+    values, scales = weight
+    split = _split(values.shape, scales.shape)
+    wide = values.reshape(split).astype(jnp.float32) * jnp.expand_dims(
+        scales.astype(jnp.float32), tuple(range(1, len(split), 2))
+    )
+    return wide.astype(dtype).reshape(values.shape)
+
+
+def _split(shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Every dimension as two: how many scales there are along it, and how many numbers share one."""
+    assert len(shape) == len(scales_shape), (shape, scales_shape)
+    assert all(size % count == 0 for size, count in zip(shape, scales_shape, strict=True)), (shape, scales_shape)
+    return tuple(part for size, count in zip(shape, scales_shape, strict=True) for part in (count, size // count))
+
+
+def quantized_matmul(x: jax.Array, weight: Quantized) -> jax.Array:
+    """x [T, in] in float32 or a 16-bit dtype; weight [out, in], scales [out, 1] or [out, groups] -> [T, out] in x's
+    dtype, summed in float32."""
+    return lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
+
+
+def _product(x: jax.Array, weight: Quantized) -> jax.Array:
+    """XLA's compilers make numbers of values as a product reads them, and so they do with one scale for an output,
+    which is left to the sum. They would not with scales for groups of inputs: of those each group's product is scaled,
+    or, where rows are many and what is summed would be large, numbers are made of the weight first."""
+    values, scales = weight
+    num_rows, num_groups = x.shape[0], scales.shape[1]
+    wide = scales.astype(jnp.float32)
+    if num_groups == 1:
+        y = lax.dot_general(x, values.astype(x.dtype), _BY_INPUTS, preferred_element_type=jnp.float32)
+        return (y * wide[:, 0]).astype(x.dtype)
+    if num_rows > _FEW_ROWS:
+        return lax.dot_general(x, dequantize(weight, x.dtype), _BY_INPUTS)
+    grouped = x.reshape(num_rows, num_groups, -1)
+    numbers = values.astype(x.dtype).reshape(values.shape[0], num_groups, -1)
+    y = lax.dot_general(grouped, numbers, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.float32)
+    return (y * wide.T[:, None]).sum(0).astype(x.dtype)  # [groups, T, out]
+
+
+_BY_INPUTS = (((1,), (1,)), ((), ()))
+
+
+def _on_cpu(x: jax.Array, weight: Quantized) -> jax.Array:
+    """Blocks of rows, one a core at a time, whose numbers stay in its cache: XLA's CPU compiler fuses nothing into a
+    product, and the whole weight in float32 would be written and read again."""
+    num_out, width = weight.shape
+    cores = _BLOCKS if num_out % _BLOCKS == 0 else 1
+    of_core = num_out // cores
+    block_bytes = _BLOCK_BYTES if x.shape[0] == 1 else _BLOCK_BYTES_OF_SEVERAL
+    size = _largest_divisor(of_core, max(1, block_bytes // 4 // width))
+    parts = jax.tree.map(lambda leaf: leaf.reshape(cores, of_core, -1), weight)
+    columns = jnp.broadcast_to(x.astype(jnp.float32).T, (cores, width, x.shape[0]))
+
+    def multiply(number: jax.Array, y: jax.Array) -> jax.Array:
+        start = number * size
+        block = dequantize(
+            jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size, 1), parts), jnp.float32
+        )
+        product = lax.dot_general(block, columns, (((2,), (1,)), ((0,), (0,))))
+        return lax.dynamic_update_slice_in_dim(y, product, start, 1)
+
+    y = lax.fori_loop(0, of_core // size, multiply, jnp.zeros((cores, of_core, x.shape[0]), jnp.float32))
+    return y.reshape(num_out, x.shape[0]).T.astype(x.dtype)
+
+
+def _largest_divisor(size: int, limit: int) -> int:
+    """The largest divisor of `size` that is at most `limit`."""
+    return next(divisor for divisor in range(min(size, limit), 0, -1) if size % divisor == 0)

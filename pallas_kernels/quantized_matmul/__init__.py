@@ -1,0 +1,1 @@
+"""Rows times a matrix of whole numbers and scales."""
