@@ -1,8 +1,8 @@
 """What the server costs over the bare engine, and how it bears load that does not wait for it.
 
 overhead   32 streams of 128 tokens that start together, and the first token of one stream alone on an idle server: bare
-           engine and server take turns in this process, asked at the same pace; the clients are in another process.
-           Ratios and differences of neighbouring turns, medians
+           engine and server take turns in this process, the clients are in another; ratios and differences of
+           neighbouring turns, medians
 load       requests of mixed lengths that arrive at random (Poisson) whatever the server does, at several rates: output
            tokens per second, time to first token (TTFT), time between tokens (ITL: a message's tokens share the time
            since the message before), and goodput, the part of all requests that kept to the objective
@@ -22,8 +22,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
 from collections.abc import Sequence as Several
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +38,8 @@ from jaxinfer.types import Request, SamplingParams
 from serving.server import Server, ServerConfig, settle
 
 NUM_STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS = 32, 32, 128
-PAUSE = 0.1  # seconds between requests that are alone
+PAUSE = 0.1  # seconds before a request that is alone
+NUM_PAIRS = 50  # of such requests
 # The objective that goodput counts by, in seconds.
 MAX_TTFT, MAX_ITL = 0.5, 0.05
 MAX_REFUSAL = 0.05
@@ -151,15 +155,40 @@ def bare(engine: Engine, requests: Several[Item]) -> tuple[float, float]:
     return sum(max_tokens for _, _, max_tokens in requests) / seconds, statistics.median(first)
 
 
+@asynccontextmanager
+async def running(engine: Engine) -> AsyncIterator[Server]:
+    server = Server(ServerConfig("bench", port=0), lambda: engine)
+    await server.listen()
+    await server.load()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
 def served(engine: Engine, clients: Clients, requests: Several[Item]) -> Answers:
     async def run() -> Answers:
-        server = Server(ServerConfig("bench", port=0), lambda: engine)
-        await server.listen()
-        await server.load()
-        try:
+        async with running(engine) as server:
             return await asyncio.to_thread(clients.run, f"localhost:{server.port}", requests)
-        finally:
-            await server.stop()
+
+    return asyncio.run(run())
+
+
+def first_tokens(engine: Engine, clients: Clients, prompts: Several[list[int]]) -> list[tuple[float, float]]:
+    """(seconds that the server adds to the TTFT of a request that finds it idle, seconds that an empty call takes) for
+    each pair of prompts. The first of a pair is the bare engine's, in the thread that it has in the server, after the
+    same pause: what else the machine does is then most likely to slow both.
+    """
+
+    async def run() -> list[tuple[float, float]]:
+        found = []
+        async with running(engine) as server:
+            for own, other in zip(prompts[::2], prompts[1::2], strict=True):
+                await asyncio.sleep(PAUSE)
+                _, first = await server.frontend.engine.call(partial(bare, requests=[(0.0, own, 4)]))
+                answers = await asyncio.to_thread(clients.run, f"localhost:{server.port}", [(PAUSE, other, 4)])
+                found.append((_median_ttft(answers) - first, answers.empty))
+        return found
 
     return asyncio.run(run())
 
@@ -179,7 +208,7 @@ def overhead(engine: Engine, clients: Clients, rounds: int) -> float:
 
     alone()
     served(engine, clients, streams())
-    turns, ratios, messages, added, added_alone, empty, work = [alone()], [], [], [], [], [], []
+    turns, ratios, messages, added, work = [alone()], [], [], [], []
     for _ in range(rounds):
         answers = served(engine, clients, streams())
         turns.append(alone())
@@ -188,11 +217,6 @@ def overhead(engine: Engine, clients: Clients, rounds: int) -> float:
         added.append(_median_ttft(answers) - first)
         work.append((answers.server_cpu / cpu - 1, answers.client_cpu / cpu))
         messages.append(answers.num_tokens / answers.num_messages)
-        empty.append(answers.empty)
-        single = [(PAUSE * number, prompt, 4) for number, prompt in enumerate(_prompts(engine, rng, [64] * 10))]
-        first = statistics.median(_after_a_pause(engine, prompt) for _, prompt, _ in single)
-        answers = served(engine, clients, [(start, prompt[::-1], 4) for start, prompt, _ in single])
-        added_alone.append(_median_ttft(answers) - first)
     rate, ratio = statistics.median(rate for rate, _, _ in turns), statistics.median(ratios)
     print(f"bare engine, {NUM_STREAMS} streams of {OUTPUT_TOKENS} tokens: {rate:.0f} tokens/s")
     each = ", ".join(f"{100 * own:.0f}%" for own in sorted(ratios))
@@ -202,25 +226,18 @@ def overhead(engine: Engine, clients: Clients, rounds: int) -> float:
         f"processor time, of the bare engine's: the server {server:+.1f}%, the clients on the same cores {client:.1f}%"
     )
     print(f"tokens in a message: {statistics.median(messages):.1f}")
-    print(f"first token of one stream alone: {_more(added_alone, 'limit +5 ms; ')}")
-    print(f"first tokens of all streams, started together: {_more(added)}")
-    print(f"an empty call takes {1000 * statistics.median(empty):.1f} ms")
+    each = ", ".join(f"{1000 * own:+.0f}" for own in sorted(added))
+    print(f"first tokens of streams that start together: {1000 * statistics.median(added):+.0f} ms (rounds: {each})")
+    more, empty = zip(*first_tokens(engine, clients, _prompts(engine, rng, [64] * 2 * NUM_PAIRS)), strict=True)
+    low, middle, high = (1000 * np.percentile(more, (25, 50, 75))).tolist()
+    half = f"half of {NUM_PAIRS}: {low:+.1f} to {high:+.1f}"
+    print(f"first token of one stream alone: {middle:+.1f} ms (limit +5 ms; {half})")
+    print(f"an empty call: {1000 * statistics.median(empty):.1f} ms")
     return rate
-
-
-def _after_a_pause(engine: Engine, prompt: list[int]) -> float:
-    """Seconds until the bare engine's first token of a request that finds it idle for as long as the server's does."""
-    time.sleep(PAUSE)
-    return bare(engine, [(0.0, prompt, 4)])[1]
 
 
 def _median_ttft(answers: Answers) -> float:
     return statistics.median(first for first in answers.ttft if first is not None)
-
-
-def _more(seconds: list[float], limit: str = "") -> str:
-    each = ", ".join(f"{1000 * own:+.1f}" for own in sorted(seconds))
-    return f"{1000 * statistics.median(seconds):+.1f} ms ({limit}rounds: {each})"
 
 
 def load(engine: Engine, clients: Clients, seconds: float, tokens_per_second: float, plot: str | None) -> None:
