@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxinfer.ops.paged_attention import BACKENDS, AttentionCase, attend, choose_backend, prepare
 from jaxinfer.ops.paged_attention_context import describe, rounds
-from jaxinfer.sharding.spmd import by_device, in_order
+from jaxinfer.sharding.spmd import all_parts, by_device, in_order, own_part, rows_at
 from pallas_kernels.paged_attention import gpu_layout
 from tests.ops.ragged import Ragged, make_case
 
@@ -167,3 +167,22 @@ def test_who_serves_shared_keys() -> None:
     assert choose_backend(case)[0].name == "pallas_tpu"
     reason = gpu_layout.supports(replace(case, platform="gpu"))
     assert reason == "it gives no log-sum-exp, and the keys are spread over context=2 devices"
+
+
+@pytest.mark.parametrize(("num_rows", "context"), [(48, 4), (12, 3), (6, 2), (9, 3)])
+def test_rows_are_dealt_and_put_in_order(num_rows: int, context: int) -> None:
+    """Of a first chunk row i sees i + 1 keys: every device's rows see as many, wherever they can be cut so."""
+    rows = np.stack([np.arange(num_rows)] * 2, axis=1)
+    dealt = np.asarray(jax.jit(by_device, static_argnums=1)(rows, context))
+    seen = (dealt[:, 0] + 1).reshape(context, -1).sum(axis=1)
+    assert (len(set(seen.tolist())) == 1) == (num_rows % (2 * context) == 0)
+
+    def on_device(_):
+        own = own_part(jnp.asarray(rows))
+        return own, all_parts(own), rows_at(own, np.arange(num_rows)[::-1])
+
+    own, whole, backwards = jax.jit(jax.vmap(on_device, axis_name="context"))(np.arange(context))
+    np.testing.assert_array_equal(own.reshape(rows.shape), dealt)
+    for place in range(context):
+        np.testing.assert_array_equal(whole[place], rows)
+        np.testing.assert_array_equal(backwards[place], rows[::-1])
