@@ -1,5 +1,5 @@
 """Benchmarks: `python scripts/bench engine` for figures of the engine, `serve` of the server, `pipeline` of
-stages that overlap, `peers ...` of others."""
+stages that overlap, `quantized` of products with quantized weights, `peers ...` of others."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def main() -> int:
         "pipeline", help="idle share of pipeline stages against (p-1)/(m+p-1), on as many processors as stages"
     )
     pipeline.add_argument("--stages", type=int, default=2, metavar="P", help="default: 2")
+    commands.add_parser("quantized", help="products with quantized weights beside those in float32; a few seconds")
     commands.add_parser("peers", help="the same workloads on other engines; see peers/README.md", add_help=False)
     arguments, rest = parser.parse_known_args()
     if arguments.command == "peers":
@@ -55,6 +56,10 @@ def main() -> int:
             import pipeline_figures
 
             return pipeline_figures.report(arguments.stages)
+        if arguments.command == "quantized":
+            import quantized_figures
+
+            return quantized_figures.report()
         import engine_figures
 
         return engine_figures.report(arguments.only)
