@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from jaxinfer.checkpoint.export import Param
     from jaxinfer.models.families.base import Source
+    from jaxinfer.quantization import Quantization
 
 FORMATS = ("orbax", "safetensors")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -95,7 +96,7 @@ def convert(
     directory = resolve_model_dir(source)
     config_json, _ = read_config(directory)
     family, config = resolve(config_json)
-    config = replace(config, quantization=choose(quantization, config.quantization))
+    packed, config = config.quantization, replace(config, quantization=choose(quantization, config.quantization))
     from_orbax = is_orbax(directory)
     to = to or ("safetensors" if from_orbax else "orbax")
     if config.quantization is not None and to != "orbax":
@@ -105,7 +106,7 @@ def convert(
         if from_orbax:
             num_bytes = _from_orbax(directory, partial, to, dtype, family.sources(config), config)
         else:
-            num_bytes = _from_safetensors(directory, partial, to, dtype, family, config)
+            num_bytes = _from_safetensors(directory, partial, to, dtype, family, config, packed)
         # What was packed is not any more: every family that takes such a checkpoint unpacks it.
         copy_side_files(directory, partial, _with_dtype(config_json, dtype) | {CONFIG_KEY: written})
     log.info("%s: %s, %.3f GB, in %.1f s", output, to, num_bytes / 1e9, time.perf_counter() - started)
@@ -162,19 +163,27 @@ def check_space(partial: Path, params: Mapping[str, Param]) -> None:
         )
 
 
-def _from_safetensors(directory: Path, partial: Path, to: str, dtype: str | None, family: Any, config: Any) -> int:
+def _from_safetensors(
+    directory: Path,
+    partial: Path,
+    to: str,
+    dtype: str | None,
+    family: Any,
+    config: Any,
+    packed: Quantization | None,
+) -> int:
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax.sharding import SingleDeviceSharding
 
     from jaxinfer.checkpoint.export import export_safetensors
-    from jaxinfer.checkpoint.load import check_tensors, load_param, load_params
+    from jaxinfer.checkpoint.load import check_tensors, find_sources, load_param, load_params
     from jaxinfer.checkpoint.orbax import save_orbax
-    from jaxinfer.checkpoint.reader import CheckpointReader
+    from jaxinfer.checkpoint.packed import open_checkpoint
 
-    with CheckpointReader(directory) as reader:
-        found = family.find_sources(config, reader.tensors)
+    with open_checkpoint(directory, packed) as reader:
+        found = find_sources(reader, family, config)
         there = {path: reader.tensors.get(source.names(1)[0]) for path, source in found.items()}
         stored = {path: info.dtype for path, info in there.items() if info is not None}
         stored.update({path: np.dtype(jnp.bfloat16) for path, source in found.items() if source.scales is not None})

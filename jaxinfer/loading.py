@@ -18,7 +18,7 @@ from jaxinfer.checkpoint.config import GenerationDefaults, read_config
 from jaxinfer.checkpoint.hub import resolve_model_dir
 from jaxinfer.checkpoint.load import aligned_empty, load_params
 from jaxinfer.checkpoint.orbax import is_orbax, load_orbax
-from jaxinfer.checkpoint.reader import CheckpointReader
+from jaxinfer.checkpoint.packed import open_checkpoint
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.fused import fuse, unfuse
 from jaxinfer.models.layout import check_layout, check_memory
@@ -204,7 +204,7 @@ def load_model(
     directory = resolve_model_dir(path)
     config_json, generation = read_config(directory)
     family, config = resolve_family(config_json)
-    config = replace(config, quantization=choose(quantization, config.quantization))
+    packed, config = config.quantization, replace(config, quantization=choose(quantization, config.quantization))
     made = make_mesh(mesh)
     stored = config_json.get("dtype") or config_json.get("torch_dtype")
     computed = resolve_dtype(str(np.dtype(dtype)) if dtype != "auto" else "auto", stored, made.devices.flat[0].platform)
@@ -215,7 +215,7 @@ def load_model(
     if is_orbax(directory):
         params = load_orbax(directory, model.abstract_params, shardings)
     else:
-        with CheckpointReader(directory) as reader:
+        with open_checkpoint(directory, packed) as reader:
             params = load_params(reader, model.abstract_params, family, config, shardings)
     return LoadedModel(model, params, made, directory, generation)
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 CONFIG_KEY = "quantization_config"  # of config.json
-OWN_METHOD = "jaxinfer"
+_OWN, _COMPRESSED = "jaxinfer", "compressed-tensors"
+READABLE = f"those written by jaxinfer.convert, {_COMPRESSED} of packed weights, and mxfp4 of gpt-oss"
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,55 @@ def choose(wanted: str | None, stored: Quantization | None) -> Quantization | No
 
 def to_config(quantization: Quantization) -> dict[str, Any]:
     """What config.json says of a checkpoint whose weights are kept so."""
-    return {"quant_method": OWN_METHOD, "bits": quantization.bits, "group_size": quantization.group_size}
+    return {"quant_method": _OWN, "bits": quantization.bits, "group_size": quantization.group_size}
 
 
 def from_config(config_json: Mapping[str, Any]) -> Quantization | None:
-    """How a checkpoint's weights are kept, where this package wrote them; None where that is another's affair."""
+    """How a checkpoint's weights are kept; None for as numbers, or where its family says more.
+
+    ValueError for a method, or a variant of one, that is not read.
+    """
     written = config_json.get(CONFIG_KEY)
-    if not isinstance(written, Mapping) or written.get("quant_method") != OWN_METHOD:
+    method = written.get("quant_method") if isinstance(written, Mapping) else None
+    if method not in (_OWN, _COMPRESSED):
         return None
-    bits, group_size = written.get("bits"), written.get("group_size")
+    assert isinstance(written, Mapping)
+    stored = written if method == _OWN else _weights_of(written)
+    bits, group_size = stored.get("bits"), stored.get("group_size")
     if bits not in (4, 8) or not (group_size is None or (type(group_size) is int and group_size > 0)):
-        raise ValueError(f"config.json: {CONFIG_KEY}={dict(written)!r} is damaged; convert the checkpoint again")
+        raise ValueError(
+            f"config.json: {CONFIG_KEY} of {method} has bits={bits!r}, group_size={group_size!r}; read are 4 or 8 "
+            "bits, in groups of 1 and more or none"
+        )
     return Quantization(bits, group_size)
+
+
+def _weights_of(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The one scheme for weights in what compressed-tensors writes; ValueError, naming what differs, for others."""
+    groups = written.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    group = groups[0] if len(groups) == 1 and isinstance(groups[0], Mapping) else {}
+    weights = group.get("weights")
+    weights = weights if isinstance(weights, Mapping) else {}
+    wanted = (
+        ("format", written.get("format"), ("pack-quantized",)),
+        ("number of config_groups", len(groups), (1,)),
+        ("targets", group.get("targets"), (["Linear"],)),
+        ("type", weights.get("type"), ("int",)),
+        ("symmetric", weights.get("symmetric"), (True,)),
+        ("strategy", weights.get("strategy"), ("channel", "group")),
+        ("actorder", weights.get("actorder"), (None, "static", "weight")),
+        ("input_activations", group.get("input_activations"), (None,)),
+        ("output_activations", group.get("output_activations"), (None,)),
+        ("kv_cache_scheme", written.get("kv_cache_scheme"), (None,)),
+    )
+    for name, value, choices in wanted:
+        if value not in choices:
+            raise ValueError(
+                f"config.json: {CONFIG_KEY} of {_COMPRESSED} has {name}={value!r}, and read is only "
+                f"{' or '.join(map(repr, choices))}: weights alone, packed, of 4 or 8 bits"
+            )
+    group_size = weights.get("group_size") if weights["strategy"] == "group" else None
+    if weights["strategy"] == "group" and group_size is None:
+        raise ValueError(f"config.json: {CONFIG_KEY} of {_COMPRESSED} lacks group_size; copy the checkpoint again")
+    return {"bits": weights.get("num_bits"), "group_size": group_size}

@@ -11,9 +11,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -50,12 +50,12 @@ def load_params(
     ValueError, naming the tensors, for missing, unexpected or wrongly shaped ones.
     """
     started = time.perf_counter()
-    kept, treedef = jax.tree.flatten(abstract, is_leaf=quantize.is_quantized)
+    kept, treedef = jax.tree.flatten(abstract, is_leaf=None if reader.packed else quantize.is_quantized)
     placed = treedef.flatten_up_to(on_default_device(abstract) if shardings is None else shardings)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(quantize.before(abstract))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract if reader.packed else quantize.before(abstract))
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    sources = family.find_sources(config, reader.tensors)
-    assert set(paths) == set(sources), sorted(set(paths) ^ set(sources))
+    sources = find_sources(reader, family, config)
+    check_packed(reader, sources, paths)
     shapes = {path: tuple(leaf.shape) for path, (_, leaf) in zip(paths, leaves, strict=True)}
     check_tensors(reader, sources, shapes, family)
 
@@ -80,6 +80,30 @@ def load_params(
         reader.directory,
     )
     return jax.tree.unflatten(treedef, [arrays[i] for i in range(len(paths))])
+
+
+def find_sources(reader: CheckpointReader, family: Family, config: ModelConfig) -> dict[str, Source]:
+    """Every parameter's place among the reader's tensors, a packed weight's values and scales apart."""
+    found: dict[str, Source] = {}
+    for path, source in family.find_sources(config, reader.tensors).items():
+        if source.names(1)[0] in reader.packed:
+            found[f"{path}/values"] = source
+            found[f"{path}/scales"] = replace(source, name=f"{source.name}_scale")
+        else:
+            found[path] = source
+    return found
+
+
+def check_packed(reader: CheckpointReader, sources: Mapping[str, Source], paths: Collection[str]) -> None:
+    """ValueError unless a checkpoint has packed exactly those weights that the model at `paths` keeps quantized."""
+    for path in sorted(set(paths) ^ set(sources)):
+        weight = path.removesuffix("/values").removesuffix("/scales")
+        is_packed = f"{weight}/values" in sources
+        name = sources[f"{weight}/values" if is_packed else weight].names(1)[0]
+        raise ValueError(
+            f"{reader.directory}: tensor {name!r} is {'' if is_packed else 'not '}quantized; read are checkpoints in "
+            "which the projections of all layers are, and nothing else"
+        )
 
 
 def on_default_device(abstract: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,10 @@ class CheckpointReader:
 
     `tensors` maps each name to its TensorInfo. ValueError, naming the file and the fix, when the directory holds no
     weights, only pickled ones, an incomplete set of shards, or a damaged file.
+    `packed`: those of them that are quantized weights' values, whose scales are beside them under the name + "_scale".
     """
+
+    packed: frozenset[str] = frozenset()
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)

@@ -38,7 +38,7 @@ def _ragged(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Arra
 
 
 def _ragged_quantized(x: jax.Array, weight: Quantized, group_sizes: jax.Array) -> jax.Array:
-    """With one scale for an output, which is left to the sum: XLA's ragged product reads the values as they are."""
+    """One scale for an output is left to the sum, so that XLA's ragged product reads the values as they are."""
     y = lax.ragged_dot_general(x, weight.values, group_sizes, _RAGGED, preferred_element_type=jnp.float32)
     group = jnp.repeat(jnp.arange(weight.shape[0]), group_sizes, total_repeat_length=x.shape[0])
     return (y * weight.scales[group, 0].astype(jnp.float32)).astype(x.dtype)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-_FEW_ROWS = 16  # up to which a product for every group of inputs beats numbers made of the whole weight on a GPU or TPU
+_FEW_ROWS = 16  # up to which a product for every group of inputs moves less than numbers made of the whole weight
+_TILE_ROWS = 8  # of a TPU
+_BY_INPUTS = (((1,), (1,)), ((), ()))
+_EXACT = lax.Precision.HIGHEST
 _BLOCKS = os.cpu_count() or 1
 # Of a block's float32 numbers: for one row what a core's own cache holds, for more what pays for calling a library.
 _BLOCK_BYTES, _BLOCK_BYTES_OF_SEVERAL = 1 << 17, 1 << 22
@@ -25,6 +30,9 @@ class Quantized(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
+
+
+Product = Callable[[jax.Array, Quantized], jax.Array]
 
 
 def quantize(weight: jax.Array, *, bits: int, scales_shape: tuple[int, ...]) -> Quantized:
@@ -61,29 +69,53 @@ def _split(shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> tuple[int, 
 
 def quantized_matmul(x: jax.Array, weight: Quantized) -> jax.Array:
     """x [T, in] in float32 or a 16-bit dtype; weight [out, in], scales [out, 1] or [out, groups] -> [T, out] in x's
-    dtype, summed in float32."""
-    return lax.platform_dependent(x, weight, cpu=_on_cpu, default=_product)
+    dtype, summed in float32.
+
+    XLA's compilers for TPUs and GPUs make numbers of values as a product reads them. One scale for an output is left
+    to the sum; scales of groups are where platforms differ.
+    """
+    one_scale = weight.scales.shape[1] == 1
+    return lax.platform_dependent(
+        x,
+        weight,
+        cpu=_on_cpu,
+        tpu=partial(_in_whole_tiles, _scaled_after if one_scale else _scaled_before),
+        default=_scaled_after if one_scale else _scaled_by_group,
+    )
 
 
-def _product(x: jax.Array, weight: Quantized) -> jax.Array:
-    """XLA's compilers make numbers of values as a product reads them, and so they do with one scale for an output,
-    which is left to the sum. They would not with scales for groups of inputs: of those each group's product is scaled,
-    or, where rows are many and what is summed would be large, numbers are made of the weight first."""
+def _scaled_after(x: jax.Array, weight: Quantized) -> jax.Array:
+    y = lax.dot_general(x, weight.values.astype(x.dtype), _BY_INPUTS, preferred_element_type=jnp.float32)
+    return (y * weight.scales[:, 0].astype(jnp.float32)).astype(x.dtype)
+
+
+def _in_whole_tiles(product: Product, x: jax.Array, weight: Quantized) -> jax.Array:
+    """For fewer rows than a tile has, the TPU compiler leaves the matrix unit idle and takes ten times as long."""
+    padded = jnp.pad(x, ((0, max(0, _TILE_ROWS - x.shape[0])), (0, 0)))
+    return product(padded, weight)[: x.shape[0]]
+
+
+def _scaled_before(x: jax.Array, weight: Quantized) -> jax.Array:
+    """A weight times its scales, each repeated along its group by a product with ones, which the TPU compiler fuses. A
+    reshape into groups would be a copy of the whole weight, tile by tile."""
+    values, scales = (leaf.astype(x.dtype) for leaf in weight)
+    num_groups, width = scales.shape[1], values.shape[1]
+    ones = (jnp.arange(width) // (width // num_groups) == jnp.arange(num_groups)[:, None]).astype(x.dtype)
+    repeated = lax.dot_general(scales, ones, (((1,), (0,)), ((), ())), precision=_EXACT)
+    return lax.dot_general(x, values * repeated, _BY_INPUTS, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _scaled_by_group(x: jax.Array, weight: Quantized) -> jax.Array:
+    """Each group's product is scaled; or, where rows are many and all groups' products would be large, numbers are made
+    of the whole weight, and the copy lasts as long as the product."""
     values, scales = weight
     num_rows, num_groups = x.shape[0], scales.shape[1]
-    wide = scales.astype(jnp.float32)
-    if num_groups == 1:
-        y = lax.dot_general(x, values.astype(x.dtype), _BY_INPUTS, preferred_element_type=jnp.float32)
-        return (y * wide[:, 0]).astype(x.dtype)
     if num_rows > _FEW_ROWS:
         return lax.dot_general(x, dequantize(weight, x.dtype), _BY_INPUTS)
     grouped = x.reshape(num_rows, num_groups, -1)
     numbers = values.astype(x.dtype).reshape(values.shape[0], num_groups, -1)
     y = lax.dot_general(grouped, numbers, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.float32)
-    return (y * wide.T[:, None]).sum(0).astype(x.dtype)  # [groups, T, out]
-
-
-_BY_INPUTS = (((1,), (1,)), ((), ()))
+    return (y * scales.T[:, None].astype(jnp.float32)).sum(0).astype(x.dtype)  # of [groups, T, out]
 
 
 def _on_cpu(x: jax.Array, weight: Quantized) -> jax.Array:

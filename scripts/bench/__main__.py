@@ -1,5 +1,6 @@
 """Benchmarks: `python scripts/bench engine` for figures of the engine, `serve` of the server, `kernels` of attention on
-an accelerator, `pipeline` of stages that overlap, `peers ...` of others."""
+an accelerator, `pipeline` of stages that overlap, `quantized` of products with quantized weights, `peers ...` of
+others."""
 
 from __future__ import annotations
 
@@ -36,6 +37,7 @@ def main() -> int:
     kernels = commands.add_parser("kernels", help="attention kernels against copy bandwidth, matmul rate and cuDNN")
     kernels.add_argument("--quick", action="store_true", help="few shapes: a minute or two")
     kernels.add_argument("--allow-cpu", action="store_true", help="run the script itself where there is only a CPU")
+    commands.add_parser("quantized", help="products with quantized weights beside those in float32; a few seconds")
     commands.add_parser("peers", help="the same workloads on other engines; see peers/README.md", add_help=False)
     arguments, rest = parser.parse_known_args()
     if arguments.command == "peers":
@@ -62,6 +64,10 @@ def main() -> int:
             import pipeline_figures
 
             return pipeline_figures.report(arguments.stages)
+        if arguments.command == "quantized":
+            import quantized_figures
+
+            return quantized_figures.report()
         import engine_figures
 
         return engine_figures.report(arguments.only)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.models.config import Activation
+from jaxinfer.quantization import CONFIG_KEY, READABLE
 
 # Names transformers gives to the same function.
 ACTIVATIONS: dict[str, Activation] = {
@@ -28,7 +29,7 @@ UNSUPPORTED = (
     "is_encoder_decoder",
     "num_local_experts",
     "parallel_attn",
-    "quantization_config",
+    CONFIG_KEY,
     "use_alibi",
     "use_parallel_residual",
 )
@@ -65,9 +66,10 @@ class Fields:
     def refuse(self, name: str) -> None:
         """ValueError when an option that is not implemented is switched on."""
         if self._values.get(name):
+            readable = f"; quantized models that are read: {READABLE}" if name == CONFIG_KEY else ""
             raise ValueError(
                 f"config.json: {name}={self._values[name]!r} is not supported in a {self.family} model; "
-                f"only models without it can be loaded"
+                f"only models without it can be loaded{readable}"
             )
 
     def integer(self, name: str, minimum: int = 1) -> int:
