@@ -24,6 +24,7 @@ def test_defaults_are_decided_later_or_plain() -> None:
     config = EngineConfig("model")
     unset = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None}
     assert unset == {
+        "quantization",
         "mesh",
         "max_model_len",
         "max_num_seqs",
