@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -39,7 +41,18 @@ PAUSE_PER_REQUEST = 0.005
 # How long the engine's thread, having sent a first token, leaves Python to the event loop, until the token is on its
 # way. The device has its next step already. Otherwise the token would wait while that thread plans the step after.
 _HAND_OVER_SECONDS = 0.002
+_NICENESS = 5
 _PROBE = "probe"
+
+
+def give_way() -> None:
+    """Let this thread and those that it starts, XLA's among them, come after the process's other threads.
+
+    A device that is the CPU computes on all cores. The threads through which a token passes on its way to its client
+    would each wait there for one. Only on Linux do threads have priorities of their own.
+    """
+    if sys.platform == "linux":
+        os.nice(_NICENESS)
 
 
 class StepTimeout(Exception):
@@ -319,6 +332,7 @@ class EngineLoop:
     # From here on, the engine's thread.
 
     def _run(self, opened: asyncio.Future[Engine]) -> None:
+        give_way()
         try:
             self._serve(opened)
         finally:

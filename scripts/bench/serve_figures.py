@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Several
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ import numpy as np
 from jaxinfer.config import EngineConfig, default_model
 from jaxinfer.engine import Engine
 from jaxinfer.types import Request, SamplingParams
+from serving.engine_loop import give_way
 from serving.server import Server, ServerConfig, settle
 
 NUM_STREAMS, PROMPT_TOKENS, OUTPUT_TOKENS = 32, 32, 128
@@ -379,7 +381,9 @@ def report(model: str | None, rounds: int, seconds: float, plot: str | None, ove
     """Run everything, or the overload alone where its seconds are given, and print it. ValueError for no matplotlib."""
     if plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib; pip install 'jaxinfer[bench]'")
-    engine = Engine(EngineConfig(model or str(default_model()), max_num_seqs=NUM_STREAMS))
+    config = EngineConfig(model or str(default_model()), max_num_seqs=NUM_STREAMS)
+    with ThreadPoolExecutor(1, initializer=give_way) as opener:  # XLA's threads are those of a server
+        engine = opener.submit(Engine, config).result()
     engine.warm_up()
     settle()
     print(f"{engine.loaded.directory.name} on {platform.processor() or platform.machine()}\n{engine.plan.describe()}\n")

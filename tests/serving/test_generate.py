@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 
 import pytest
 from grpc.aio import EOF
@@ -257,5 +259,17 @@ def test_plain_client(llm: LLM) -> None:
                     assert [model.name for model in client.models()] == ["small"]
 
             await asyncio.to_thread(work)
+
+    run(scenario())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
+def test_who_computes_comes_after_who_talks(engine: Engine) -> None:
+    async def scenario() -> None:
+        async with serving(engine) as server:
+            thread = server.frontend.engine._thread
+            assert thread is not None
+            assert thread.native_id is not None
+            assert os.getpriority(os.PRIO_PROCESS, thread.native_id) > os.getpriority(os.PRIO_PROCESS, 0)
 
     run(scenario())
