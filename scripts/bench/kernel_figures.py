@@ -164,19 +164,19 @@ def _batch(kv_len: np.ndarray, new: np.ndarray, table: np.ndarray) -> DeviceBatc
     """Rows of new[s] tokens each, the newest of kv_len[s]; nothing is padded."""
     starts = np.concatenate([[0], np.cumsum(new)])
     positions = np.concatenate([np.arange(length - n, length) for length, n in zip(kv_len, new, strict=True)])
-    fields = DeviceBatch(
-        tokens=np.zeros(starts[-1]),
-        token_slots=np.full(starts[-1], -1),
-        positions=positions,
-        sequence_ids=np.repeat(np.arange(len(new)), new),
-        query_start=starts,
-        kv_len=kv_len,
-        page_tables=(table,),
-        logits_tokens=np.zeros(len(new)),
-        num_tokens=starts[-1],
-        num_sequences=np.array(len(new)),
+    integers = functools.partial(jnp.asarray, dtype=jnp.int32)
+    return DeviceBatch(
+        tokens=integers(np.zeros(starts[-1])),
+        token_slots=integers(np.full(starts[-1], -1)),
+        positions=integers(positions),
+        sequence_ids=integers(np.repeat(np.arange(len(new)), new)),
+        query_start=integers(starts),
+        kv_len=integers(kv_len),
+        page_tables=(integers(table),),
+        logits_tokens=integers(np.zeros(len(new))),
+        num_tokens=integers(starts[-1]),
+        num_sequences=integers(len(new)),
     )
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.int32), fields)
 
 
 def _attend(
