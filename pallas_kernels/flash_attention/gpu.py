@@ -360,8 +360,8 @@ class _Program:
             def accumulate(total: Any) -> None:
                 plgpu.wgmma(total, weights, values)
 
-            begins: Any = plgpu.WGMMAAccumulatorRef.init(mixed)
-            return pl.run_state(accumulate)(begins)
+            run: Any = pl.run_state(accumulate)
+            return run(plgpu.WGMMAAccumulatorRef.init(mixed))
         operand = self.refs["weights"].at[group]
         operand[...] = weights
         plgpu.commit_smem()
@@ -370,8 +370,8 @@ class _Program:
             plgpu.wgmma(total, operand, values)
             return total[...]
 
-        rows, width = mixed.shape
-        return mixed + pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((rows, width), jnp.float32))
+        shape = (_ROWS, self.kernel.value_dim)
+        return mixed + pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
     def seen(self, first: jax.Array, own_segments: jax.Array | None, block: jax.Array) -> jax.Array:
         """[64, keys]: which keys of a block each query sees. first: the first query, of the call's."""

@@ -169,21 +169,18 @@ def _batch(kv_len: np.ndarray, new: np.ndarray, table: np.ndarray) -> DeviceBatc
     """Rows of new[s] tokens each, the newest of kv_len[s]; nothing is padded."""
     starts = np.concatenate([[0], np.cumsum(new)])
     positions = np.concatenate([np.arange(length - n, length) for length, n in zip(kv_len, new, strict=True)])
-
-    def on_device(numbers: Any) -> jax.Array:
-        return jnp.asarray(numbers, jnp.int32)
-
+    integers = functools.partial(jnp.asarray, dtype=jnp.int32)
     return DeviceBatch(
-        tokens=on_device(np.zeros(starts[-1])),
-        token_slots=on_device(np.full(starts[-1], -1)),
-        positions=on_device(positions),
-        sequence_ids=on_device(np.repeat(np.arange(len(new)), new)),
-        query_start=on_device(starts),
-        kv_len=on_device(kv_len),
-        page_tables=(on_device(table),),
-        logits_tokens=on_device(np.zeros(len(new))),
-        num_tokens=on_device(starts[-1]),
-        num_sequences=on_device(len(new)),
+        tokens=integers(np.zeros(starts[-1])),
+        token_slots=integers(np.full(starts[-1], -1)),
+        positions=integers(positions),
+        sequence_ids=integers(np.repeat(np.arange(len(new)), new)),
+        query_start=integers(starts),
+        kv_len=integers(kv_len),
+        page_tables=(integers(table),),
+        logits_tokens=integers(np.zeros(len(new))),
+        num_tokens=integers(starts[-1]),
+        num_sequences=integers(len(new)),
     )
 
 

@@ -48,6 +48,7 @@ def test_kinds(changes: dict[str, Any], num_queries: int, num_keys: int, starts:
 
 
 @simulated
+@pytest.mark.slow
 def test_two_tiles_of_a_prompt() -> None:
     simulate(Problem(CASE, 2, 160, 160, 0, 0, seed=1))
 
