@@ -33,6 +33,9 @@ def main() -> int:
         "pipeline", help="idle share of pipeline stages against (p-1)/(m+p-1), on as many processors as stages"
     )
     pipeline.add_argument("--stages", type=int, default=2, metavar="P", help="default: 2")
+    pipeline.add_argument(
+        "--engine", action="store_true", help="instead: tokens a second of an engine with 1 to P lanes busy"
+    )
     commands.add_parser("peers", help="the same workloads on other engines; see peers/README.md", add_help=False)
     arguments, rest = parser.parse_known_args()
     if arguments.command == "peers":
@@ -50,11 +53,12 @@ def main() -> int:
         if arguments.command == "pipeline":
             os.environ["JAX_PLATFORMS"] = "cpu"
             os.environ["NPROC"] = "1"  # a program then has one thread,
-            os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # that of who sends it
+            os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = str(arguments.engine)  # or else that of who sends it
             os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={arguments.stages}"
             import pipeline_figures
 
-            return pipeline_figures.report(arguments.stages)
+            report = pipeline_figures.report_engine if arguments.engine else pipeline_figures.report
+            return report(arguments.stages)
         import engine_figures
 
         return engine_figures.report(arguments.only)
