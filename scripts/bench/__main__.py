@@ -34,6 +34,9 @@ def main() -> int:
         "pipeline", help="idle share of pipeline stages against (p-1)/(m+p-1), on as many processors as stages"
     )
     pipeline.add_argument("--stages", type=int, default=2, metavar="P", help="default: 2")
+    pipeline.add_argument(
+        "--engine", action="store_true", help="instead: tokens a second of an engine with 1 to P lanes busy"
+    )
     kernels = commands.add_parser("kernels", help="attention kernels against copy bandwidth, matmul rate and cuDNN")
     kernels.add_argument("--quick", action="store_true", help="few shapes: a minute or two")
     kernels.add_argument("--allow-cpu", action="store_true", help="run the script itself where there is only a CPU")
@@ -59,11 +62,12 @@ def main() -> int:
         if arguments.command == "pipeline":
             os.environ["JAX_PLATFORMS"] = "cpu"
             os.environ["NPROC"] = "1"  # a program then has one thread,
-            os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # that of who sends it
+            os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = str(arguments.engine)  # or else that of who sends it
             os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={arguments.stages}"
             import pipeline_figures
 
-            return pipeline_figures.report(arguments.stages)
+            report = pipeline_figures.report_engine if arguments.engine else pipeline_figures.report
+            return report(arguments.stages)
         if arguments.command == "quantized":
             import quantized_figures
 
