@@ -102,7 +102,9 @@ class Plan:
         lines = [
             (
                 f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}, mesh {dict(self.mesh.shape)}, "
-                f"{self.dtype.name}, max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
+                f"{self.dtype.name}, "
+                + ("" if self.model.quantization is None else f"{self.model.quantization.name} weights, ")
+                + f"max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
                 f"max_num_batched_tokens {self.max_num_batched_tokens}"
                 + ("" if self.num_shards == 1 else f", each of {self.num_shards} shards")
                 + ("" if self.num_lanes == 1 else f", each of {self.num_lanes} lanes")
