@@ -46,9 +46,8 @@ def parser() -> OneLineParser:
     result.add_argument("--output", required=True, metavar="DIR", help="where to write it; new, or empty")
     result.add_argument("--to", choices=FORMATS, help="format to write (default: the one the input is not in)")
     result.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are stored)")
-    result.add_argument(
-        "--quantization", choices=tuple(BY_NAME), help="round the layers' weights to 8 or 4 bits; to orbax alone"
-    )
+    text = "round the layers' weights to 8 or 4 bits, which orbax alone keeps"
+    result.add_argument("--quantization", choices=tuple(BY_NAME), help=text)
     return result
 
 
@@ -81,8 +80,8 @@ def convert(
 ) -> None:
     """Write the model in `source` (a directory or a hub id) to the directory `target`, new or empty.
 
-    to: "orbax" or "safetensors"; None is the one that the source is not in. dtype: of the weights; None keeps each
-    one's. quantization: "int8" or "int4" for the layers' weights, which Orbax alone can keep so.
+    to: "orbax" or "safetensors"; None is the one that the source is not in, or "orbax" for quantized weights, which it
+    alone can keep. dtype: of the weights; None keeps each one's. quantization: "int8" or "int4" for the layers'.
     ValueError, in one line, for whatever is wrong with either.
     """
     from jaxinfer.checkpoint.config import copy_side_files, read_config
@@ -98,9 +97,9 @@ def convert(
     family, config = resolve(config_json)
     packed, config = config.quantization, replace(config, quantization=choose(quantization, config.quantization))
     from_orbax = is_orbax(directory)
-    to = to or ("safetensors" if from_orbax else "orbax")
+    to = to or ("safetensors" if from_orbax and config.quantization is None else "orbax")
     if config.quantization is not None and to != "orbax":
-        raise ValueError(f"to={to!r}: weights of {config.quantization.name} are kept by orbax alone; use to orbax")
+        raise ValueError(f"to={to!r}: {config.quantization.name} weights are kept by orbax alone; write that")
     written = None if config.quantization is None else to_config(config.quantization)
     with appearing_whole(output) as partial:
         if from_orbax:

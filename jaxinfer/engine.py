@@ -29,7 +29,7 @@ from jaxinfer.models.layout import check_layout
 from jaxinfer.models.model import Params
 from jaxinfer.outputs import RequestState
 from jaxinfer.plan import resolve
-from jaxinfer.quantization import choose as choose_quantization
+from jaxinfer.quantization import choose
 from jaxinfer.runner.runner import PendingStep, Runner, StepResult
 from jaxinfer.scheduler.schedule import Schedule, SchedulerConfig
 from jaxinfer.scheduler.scheduler import Scheduler
@@ -55,8 +55,8 @@ class Engine:
         if loaded is not None and (mesh is not None or config.mesh is not None):
             raise ValueError(f"mesh={mesh or config.mesh} is given, but the model is loaded already; load it onto that")
         self._lead = _lead(config, mesh if loaded is None else loaded.mesh)
-        if loaded is not None:
-            choose_quantization(config.quantization, loaded.config.quantization)
+        if loaded is not None and choose(config.quantization, loaded.config.quantization) != loaded.config.quantization:
+            raise ValueError(f"quantization={config.quantization!r}: the model is loaded already, without; load it so")
         self.loaded = loaded or load_model(
             config.model, mesh=mesh or config.mesh, dtype=config.dtype, quantization=config.quantization
         )

@@ -105,7 +105,9 @@ class Plan:
         lines = [
             (
                 f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}, mesh {dict(self.mesh.shape)}, "
-                f"{self.dtype.name}, keys and values {self.layers[0].case.kv_dtype or self.dtype.name}, "
+                f"{self.dtype.name}, "
+                + ("" if self.model.quantization is None else f"{self.model.quantization.name} weights, ")
+                + f"keys and values {self.layers[0].case.kv_dtype or self.dtype.name}, "
                 f"max_model_len {self.max_model_len}, max_num_seqs {self.max_num_seqs}, "
                 f"max_num_batched_tokens {self.max_num_batched_tokens}"
                 + ("" if self.num_shards == 1 else f", each of {self.num_shards} shards")

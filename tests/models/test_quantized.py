@@ -35,18 +35,31 @@ def weights(params: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-# grouped kv heads; experts beside a shared one; latent attention; experts with biases; inputs of every layer's own
-@pytest.mark.parametrize("golden", ["llama3_gqa", "qwen2_moe", "deepseek_v3", "gpt_oss_mxfp4", "gemma4_e"])
-@pytest.mark.parametrize("quantization", BY_NAME)
+CASES = [
+    ("llama3_gqa", "int8"),
+    ("llama3_gqa", "int4"),
+    ("qwen2_moe", "int4"),  # experts beside a shared one
+    ("deepseek_v3", "int8"),  # latent attention
+    ("gpt_oss_mxfp4", "int4"),  # experts with biases, which are packed
+    ("gemma4_e", "int8"),  # inputs of every layer's own, keys of other layers
+]
+
+
+@pytest.mark.parametrize(("golden", "quantization"), CASES)
 def test_it_is_the_model_of_the_numbers_its_weights_stand_for(golden: str, quantization: str) -> None:
     plain, loaded = load_model(GOLDENS / golden), load_model(GOLDENS / golden, quantization=quantization)
     numbers = numbers_of(loaded.params)
     assert jax.tree.structure(numbers) == jax.tree.structure(plain.params)
-    want = plain.forward(numbers, TOKENS)
-    np.testing.assert_allclose(loaded.forward(loaded.params, TOKENS), want, atol=2e-4, rtol=2e-4)
+    want = jax.jit(plain.forward)(numbers, TOKENS)
     model, params = loaded.serving_form()
-    np.testing.assert_allclose(model.forward(params, TOKENS), want, atol=2e-4, rtol=2e-4)
-    assert np.abs(want - plain.forward(plain.params, TOKENS)).max() > 1e-3, "nothing was rounded"
+    np.testing.assert_allclose(jax.jit(model.forward)(params, TOKENS), want, atol=2e-4, rtol=2e-4)
+    if golden == "llama3_gqa":  # as `params` are, before projections are fused
+        np.testing.assert_allclose(jax.jit(loaded.forward)(loaded.params, TOKENS), want, atol=2e-4, rtol=2e-4)
+    for path, leaf in weights(loaded.params).items():
+        number, wanted = weights(numbers)[path], weights(plain.params)[path]
+        step = 2.0 * np.abs(wanted).max() / (2 ** BY_NAME[quantization].bits - 2)
+        error = np.abs(number - wanted).max()
+        assert (1e-4 * step < error <= 0.51 * step) if is_quantized(leaf) else error == 0, path
 
 
 def test_which_weights_are_quantized() -> None:
@@ -82,10 +95,9 @@ def assert_same(one: LoadedModel, other: LoadedModel) -> None:
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
-@pytest.mark.parametrize("quantization", BY_NAME)
-def test_through_orbax(quantization: str, tmp_path: Path) -> None:
+def test_through_orbax(tmp_path: Path) -> None:
     """Quantized before or after, the weights are the same; what is quantized says so by itself."""
-    directory = GOLDENS / "qwen2_moe"
+    directory, quantization, other = GOLDENS / "qwen2_moe", "int4", "int8"
     wanted = load_model(directory, quantization=quantization)
     convert(directory, tmp_path / "plain")
     assert_same(load_model(tmp_path / "plain", quantization=quantization), wanted)
@@ -95,7 +107,6 @@ def test_through_orbax(quantization: str, tmp_path: Path) -> None:
     convert(tmp_path / "quantized", tmp_path / "again", to="orbax")
     assert_same(load_model(tmp_path / "again"), wanted)
 
-    other = next(name for name in BY_NAME if name != quantization)
     with pytest.raises(ValueError, match=rf"quantization='{other}': .* are {quantization} already"):
         load_model(tmp_path / "quantized", quantization=other)
     with pytest.raises(ValueError, match="kept by orbax alone"):
