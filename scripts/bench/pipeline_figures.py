@@ -129,7 +129,7 @@ class Watch:
         self.sending = 0.0
 
     def __enter__(self) -> Watch:
-        self._runner.send, self._runner._run_stage = self.send, self.run_stage
+        self._runner.send, self._runner._run_stage = self.send, self.run_stage  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
