@@ -28,8 +28,8 @@ def grouped_matmul(x: jax.Array, weight: jax.Array | Quantized, group_sizes: jax
     Groups may be empty. Rows past the last group come out finite where x is, and mean nothing.
     """
     if isinstance(weight, Quantized):
-        elsewhere = _ragged_quantized if weight.scales.shape[1] == 1 else _quantized_by_blocks
-        return lax.platform_dependent(x, weight, group_sizes, cpu=_quantized_by_blocks, default=elsewhere)
+        on_gpu = _ragged_quantized if weight.scales.shape[1] == 1 else _quantized_by_blocks
+        return lax.platform_dependent(x, weight, group_sizes, cuda=on_gpu, default=_quantized_by_blocks)
     return lax.platform_dependent(x, weight, group_sizes, cpu=_on_cpu, default=_ragged)
 
 

@@ -14,7 +14,6 @@ from jax import lax
 _FEW_ROWS = 16  # up to which a product for every group of inputs moves less than numbers made of the whole weight
 _TILE_ROWS = 8  # of a TPU
 _BY_INPUTS = (((1,), (1,)), ((), ()))
-_EXACT = lax.Precision.HIGHEST
 _BLOCKS = os.cpu_count() or 1
 # Of a block's float32 numbers: for one row what a core's own cache holds, for more what pays for calling a library.
 _BLOCK_BYTES, _BLOCK_BYTES_OF_SEVERAL = 1 << 17, 1 << 22
@@ -101,7 +100,7 @@ def _scaled_before(x: jax.Array, weight: Quantized) -> jax.Array:
     values, scales = (leaf.astype(x.dtype) for leaf in weight)
     num_groups, width = scales.shape[1], values.shape[1]
     ones = (jnp.arange(width) // (width // num_groups) == jnp.arange(num_groups)[:, None]).astype(x.dtype)
-    repeated = lax.dot_general(scales, ones, (((1,), (0,)), ((), ())), precision=_EXACT)
+    repeated = lax.dot_general(scales, ones, (((1,), (0,)), ((), ())))  # a higher precision would not be fused
     return lax.dot_general(x, values * repeated, _BY_INPUTS, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
