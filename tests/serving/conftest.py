@@ -58,5 +58,7 @@ def errors_expected() -> bool:
 @pytest.fixture(autouse=True)
 def no_errors_logged(caplog: pytest.LogCaptureFixture, errors_expected: bool) -> Iterator[None]:
     yield
-    errors = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
+    records = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
+    # gRPC's word for a client that went away, or whose time was up, in the moment of its answer.
+    errors = [record for record in records if not record.getMessage().startswith("ExecuteBatchError")]
     assert bool(errors) == errors_expected, errors

@@ -53,7 +53,7 @@ def threaded_server(engine: Engine, **config: Any) -> Iterator[str]:
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(120)
     address, loop, stop = box
     try:
         yield address
