@@ -122,7 +122,7 @@ def test_through_orbax(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     config["quantization_config"]["bits"] = 3
     (tmp_path / "again" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="jaxinfer has bits=3, group_size=.*; read are 4 or 8 bits"):
+    with pytest.raises(ValueError, match=r"jaxinfer has bits=3, group_size=.*; read are 4 or 8 bits"):
         load_model(tmp_path / "again")
 
 
