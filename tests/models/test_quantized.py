@@ -132,34 +132,37 @@ def test_unknown_quantization() -> None:
 
 
 @pytest.mark.slow
-def test_every_layout_rounds_alike_and_gives_the_tokens_of_one_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("golden", "quantization"), [("llama3_gqa", "int8"), ("qwen3_moe", "int4")])
+def test_every_layout_rounds_alike_and_gives_the_tokens_of_one_device(
+    tmp_path: Path, golden: str, quantization: str
+) -> None:
+    source, target = str(GOLDENS / golden), str(tmp_path / golden)
     code = f"""
-import jax, numpy as np
+import jax, numpy as np, pytest
 from jaxinfer.engine import Engine
 from jaxinfer.config import EngineConfig
 from jaxinfer.convert import convert
 from jaxinfer.loading import load_model
-from tests.e2e.harness import add, finish, greedy, random_prompts
-for golden, quantization in (("llama3_gqa", "int8"), ("qwen3_moe", "int4")):
-    answers = []
-    for mesh in (None, "tensor=2", "fsdp=2", "stage=2", "data=2,tensor=2"):
-        sizes = dict(max_model_len=48, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, num_pages=40)
-        config = EngineConfig({str(GOLDENS)!r} + "/" + golden, mesh=mesh, quantization=quantization,
-                              compilation_cache_dir=False, **sizes)
-        engine = Engine(config)
-        names = [add(engine, prompt, greedy(12)) for prompt in random_prompts(11, 5, 15, 7)]
-        outputs = finish(engine)
-        answers.append([outputs[name].outputs[0].token_ids for name in names])
-        params = jax.tree.map(np.asarray, engine.loaded.params)
-        first = params if mesh is None else first
-        jax.tree.map(np.testing.assert_array_equal, params, first)
-    print(len(answers), all(answer == answers[0] for answer in answers))
-    convert({str(GOLDENS)!r} + "/" + golden, {str(tmp_path)!r} + "/" + golden, dtype="float32",
-            quantization=quantization)
-    spread = load_model({str(tmp_path)!r} + "/" + golden, mesh="tensor=2,fsdp=2").params
-    jax.tree.map(lambda one, other: np.testing.assert_array_equal(np.asarray(one), other), spread, first)
+from tests.e2e.harness import add, few_programs, finish, greedy, random_prompts
+jax.config.update("jax_disable_most_optimizations", True)
+few_programs(pytest.MonkeyPatch(), (16,))
+answers = []
+for mesh in (None, "tensor=2", "fsdp=2", "stage=2", "data=2,tensor=2"):
+    sizes = dict(max_model_len=48, page_size=4, max_num_seqs=4, max_num_batched_tokens=16, num_pages=40)
+    config = EngineConfig({source!r}, mesh=mesh, quantization={quantization!r}, compilation_cache_dir=False, **sizes)
+    engine = Engine(config)
+    names = [add(engine, prompt, greedy(12)) for prompt in random_prompts(11, 5, 15, 7)]
+    outputs = finish(engine)
+    answers.append([outputs[name].outputs[0].token_ids for name in names])
+    params = jax.tree.map(np.asarray, engine.loaded.params)
+    first = params if mesh is None else first
+    jax.tree.map(np.testing.assert_array_equal, params, first)
+print(len(answers), all(answer == answers[0] for answer in answers))
+convert({source!r}, {target!r}, dtype="float32", quantization={quantization!r})
+spread = load_model({target!r}, mesh="tensor=2,fsdp=2").params
+jax.tree.map(lambda one, other: np.testing.assert_array_equal(np.asarray(one), other), spread, first)
 """
-    assert run_on_devices(code, 4).splitlines() == ["5 True", "5 True"]
+    assert run_on_devices(code, 4).splitlines()[-1] == "5 True"
 
 
 def test_groups_that_a_mesh_would_cut_apart_are_refused() -> None:
