@@ -30,7 +30,8 @@ from jaxinfer.models.model import Params
 from jaxinfer.outputs import RequestState
 from jaxinfer.plan import resolve
 from jaxinfer.quantization import choose
-from jaxinfer.runner.runner import PendingStep, Runner, StepResult
+from jaxinfer.runner.runner import Runner
+from jaxinfer.runner.sent import PendingStep, StepResult
 from jaxinfer.scheduler.schedule import Schedule, SchedulerConfig
 from jaxinfer.scheduler.scheduler import Scheduler
 from jaxinfer.scheduler.sequence import Sequence
@@ -188,6 +189,7 @@ class Engine:
         if previous is None:
             return []
         outputs, waited = self._commit(lane, previous)
+        waited += 0.0 if sent is None else sent.waited
         self._steps_to_count -= 1
         if self._steps_to_count <= 0 or not any(self._in_flight):
             self._count_experts()

@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from jaxinfer.cache.groups import KVGroup, group_of_layer, kv_groups
 from jaxinfer.config import EngineConfig, parse_kv_cache_dtype
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.stages import Stage, stages
+from jaxinfer.models.layout import stage_bytes
+from jaxinfer.models.model import Model
+from jaxinfer.models.stages import Stage, param_shardings, stages
 from jaxinfer.ops.paged_attention import AttentionCase, Backend, choose_backend
 from jaxinfer.ops.paged_attention_context import describe as describe_travel
 from jaxinfer.sharding.spmd import num_shards
@@ -165,7 +167,7 @@ def resolve(config: EngineConfig, model: ModelConfig, dtype: np.dtype, mesh: Mes
     widths = tuple(group.table_width(max_model_len, max_chunk, context * page_size) for group in groups)
     layers = _layer_plans(model, groups, page_size, dtype, kv_dtype, mesh, config.attention_backend)
     costs = _largest_page_bytes(layers, stages(model, mesh), len(groups))
-    num_pages = _pool_sizes(config, groups, widths, costs, max_num_seqs, mesh)
+    num_pages = _pool_sizes(config, groups, widths, costs, max_num_seqs, model, dtype, mesh)
     return Plan(
         model=model,
         dtype=dtype,
@@ -308,6 +310,8 @@ def _pool_sizes(
     widths: tuple[int, ...],
     costs: list[int],
     max_num_seqs: int,
+    model: ModelConfig,
+    dtype: np.dtype,
     mesh: Mesh,
 ) -> tuple[int, ...]:
     """Pages of each group, page 0 included; costs: bytes of one page of each, on one device.
@@ -322,7 +326,7 @@ def _pool_sizes(
         first = growing[0]
         return tuple(config.num_pages + 1 if g == first else pages for g, pages in zip(growing, most, strict=True))
     parts = mesh.size * mesh.shape["stage"]  # as many lanes as stages share every device's memory
-    memory = (config.kv_cache_bytes or _free_memory(mesh)) // parts
+    memory = (config.kv_cache_bytes or _free_memory(model, dtype, mesh)) // parts
     ring_bytes = sum(cost * pages for cost, pages, g in zip(costs, most, growing, strict=True) if not g)
     ring_limit = memory // 2 if any(growing) else memory
     ring_share = min(1.0, ring_limit / ring_bytes) if ring_bytes else 0.0
@@ -339,7 +343,7 @@ def _pool_sizes(
     return pages
 
 
-def _free_memory(mesh: Mesh) -> int:
+def _free_memory(model: ModelConfig, dtype: np.dtype, mesh: Mesh) -> int:
     """Bytes the KV cache may take, over all devices of the mesh."""
     if mesh.devices.flat[0].platform == "cpu":
         # Of the whole, not of what happens to be free: programs are made for a pool's size, and kept.
@@ -347,12 +351,25 @@ def _free_memory(mesh: Mesh) -> int:
         num_processes = mesh.size // len(mesh.local_devices)
         return num_processes * min(int(HOST_FRACTION * total), available // 2)
     free = []
-    for device in mesh.local_devices:  # stages hold unequal parts of the parameters
+    missing = _less_than_fullest(model, dtype, mesh)
+    for device in mesh.local_devices:
         stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             raise ValueError(f"{device} does not tell its memory; give kv_cache_memory or num_pages")
-        free.append(stats["bytes_limit"] - stats["bytes_in_use"])
+        free.append(stats["bytes_limit"] - stats["bytes_in_use"] - missing.get(device, 0))
     return mesh.size * int(ACCELERATOR_FRACTION * min(free))
+
+
+def _less_than_fullest(model: ModelConfig, dtype: np.dtype, mesh: Mesh) -> dict[Any, int]:
+    """How much less of the parameters a device holds than one of the fullest stage, which may be another process's."""
+    parts = stages(model, mesh)
+    if len(parts) == 1:
+        return {}
+    whole = Model(model, dtype)
+    held = stage_bytes(whole, param_shardings(whole, mesh), mesh)
+    return {
+        device: max(held) - own for stage, own in zip(parts, held, strict=True) for device in stage.mesh.devices.flat
+    }
 
 
 def _host_memory() -> tuple[int, int]:

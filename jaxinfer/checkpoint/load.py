@@ -26,6 +26,7 @@ from jaxinfer.checkpoint.reader import CheckpointReader, TensorInfo
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.families.base import Family, Source
 from jaxinfer.quantization import num_bytes
+from jaxinfer.sharding.spmd import elsewhere
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,8 @@ def load_param(
         device: tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
+    if not bounds:  # of a stage of other processes'
+        return elsewhere(shape, dtype, sharding)
     matrices = stored_matrices(reader, source, shape)
     slices: dict[Bounds, np.ndarray] = {}
     if source.stacked:

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxinfer.checkpoint import quantize
 from jaxinfer.checkpoint.load import name_some, on_default_device
+from jaxinfer.sharding.spmd import elsewhere
 
 PARAMS_DIR = "params"
 _MARKER_FILES = ("_CHECKPOINT_METADATA", "_METADATA")  # what Orbax writes into the directory of a pytree
@@ -115,8 +116,14 @@ class OrbaxReader:
             self.dtypes[_path_name(path)] = np.dtype(leaf.dtype)
         # Orbax refuses an array larger than what it may have in flight; twice the largest keeps two on their way.
         largest = max((math.prod(shape) * self.dtypes[path].itemsize for path, shape in self.shapes.items()), default=0)
-        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=2 * math.ceil(largest / 1e9) + 1)
-        self._checkpointer = ocp.Checkpointer(handler)
+        # Each process reads by itself, as it may have none of what another reads.
+        own = jax.process_index()
+        meeting = ocp.options.MultiprocessingOptions()
+        if jax.process_count() > 1:
+            meeting = ocp.options.MultiprocessingOptions(own, {own}, str(own))
+        limit = 2 * math.ceil(largest / 1e9) + 1
+        handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit, multiprocessing_options=meeting)
+        self._checkpointer = ocp.Checkpointer(handler, multiprocessing_options=meeting)
 
     def __enter__(self) -> OrbaxReader:
         return self
@@ -152,20 +159,23 @@ class OrbaxReader:
         """The parameters of `abstract`, which may be some of those that are there, as jax.Arrays."""
         import orbax.checkpoint as ocp
 
-        arguments = jax.tree.map(
-            lambda leaf, dtype, sharding: ocp.ArrayRestoreArgs(
-                dtype=np.dtype(dtype), sharding=sharding, global_shape=tuple(leaf.shape)
-            ),
-            abstract,
-            dtypes,
-            shardings,
-        )
-        restore = ocp.args.PyTreeRestore(item=abstract, restore_args=arguments, partial_restore=True)
-        try:
-            return self._checkpointer.restore(self.directory, args=restore)
-        except Exception as error:
-            _drop_late_results()
-            raise self._unreadable(error) from error
+        leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+        item: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
+        arrays: dict[str, jax.Array] = {}
+        for (path, leaf), dtype, sharding in zip(
+            leaves, structure.flatten_up_to(dtypes), structure.flatten_up_to(shardings), strict=True
+        ):
+            name = _path_name(path)
+            if not sharding.addressable_devices:  # of a stage of other processes'
+                arrays[name] = elsewhere(tuple(leaf.shape), dtype, sharding)
+                continue
+            _insert(item, name, leaf)
+            how = ocp.ArrayRestoreArgs(dtype=np.dtype(dtype), sharding=sharding, global_shape=tuple(leaf.shape))
+            _insert(arguments, name, how)
+        restored = self._restore(item, arguments) if item else {}
+        arrays |= {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+        return jax.tree.unflatten(structure, [arrays[_path_name(path)] for path, _ in leaves])
 
     def read(self, dtypes: Mapping[str, np.dtype]) -> dict[str, np.ndarray]:
         """Some parameters as numpy arrays, by path, in the given dtypes."""
@@ -176,13 +186,18 @@ class OrbaxReader:
         for path, dtype in dtypes.items():
             _insert(item, path, jax.ShapeDtypeStruct(self.shapes[path], dtype))
             _insert(arguments, path, ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
+        restored = self._restore(item, arguments)
+        return {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+
+    def _restore(self, item: Any, arguments: Any) -> Any:
+        import orbax.checkpoint as ocp
+
         restore = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
         try:
-            restored = self._checkpointer.restore(self.directory, args=restore)
+            return self._checkpointer.restore(self.directory, args=restore)
         except Exception as error:
             _drop_late_results()
             raise self._unreadable(error) from error
-        return {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
 
     def _unreadable(self, error: Exception) -> ValueError:
         return ValueError(f"{self.directory}: Orbax cannot read it ({_first_line(error)}); copy the checkpoint again")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from jaxinfer.ops.quantized_matmul import Quantized, quantize
+from jaxinfer.sharding.spmd import elsewhere
 
 
 def is_quantized(node: Any) -> bool:
@@ -36,6 +37,8 @@ def quantized(array: jax.Array, wanted: Any, shardings: Any) -> Any:
     """A parameter as `wanted`, a leaf of abstract parameters or a quantized weight, from what `before` says."""
     if not is_quantized(wanted):
         return array
+    if not shardings["values"].addressable_devices:
+        return jax.tree.map(lambda leaf, sharding: elsewhere(leaf.shape, leaf.dtype, sharding), wanted, shardings)
     bits = jnp.iinfo(wanted["values"].dtype).bits
     run = _quantizer(bits, wanted["scales"].shape, shardings["values"], shardings["scales"])
     return run(array)._asdict()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import traceback
 from dataclasses import replace
-from typing import Any
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.distributed.group import Group
@@ -14,7 +15,8 @@ from jaxinfer.loading import LoadedModel, load_model
 from jaxinfer.metrics import EngineMetrics
 from jaxinfer.models.layout import check_layout
 from jaxinfer.plan import resolve
-from jaxinfer.runner.runner import Runner, SentStep
+from jaxinfer.runner.runner import Runner
+from jaxinfer.runner.sent import SentStep
 from jaxinfer.runner.step_plan import StepPlan
 
 FAILED, DEFECT = 2, 3
@@ -22,29 +24,35 @@ FAILED, DEFECT = 2, 3
 
 def follow(group: Group) -> None:
     """See jaxinfer.distributed.follow."""
-    follower = Follower()
+    follower = Follower(group)
     try:
         while (command := group.next_command()) is not None:
             follower.do(command)
     except (ValueError, OSError) as error:
         group.leave(FAILED, str(error))
     except Exception as error:
-        traceback.print_exc()
-        group.leave(DEFECT, f"{type(error).__name__}: {error}")
+        _leave(group, error)
+
+
+def _leave(group: Group, error: Exception) -> None:
+    traceback.print_exc()
+    group.leave(DEFECT, f"{type(error).__name__}: {error}")
 
 
 class Follower:
-    """A runner that does what it is told, and nothing else: it reads no result."""
+    """A runner that does what it is told, and reads for process 0 what that can not."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group) -> None:
+        self._group = group
         self._config: EngineConfig
         self._loaded: LoadedModel | None = None
         self._runner: Runner | None = None
-        self._sent: SentStep | None = None
+        self._sent: queue.SimpleQueue[tuple[int, bool, SentStep]] = queue.SimpleQueue()
+        threading.Thread(target=self._watch, name="watches steps", daemon=True).start()
 
     def do(self, command: Message) -> None:
         if command.kind == "load":
-            self._sent = self._runner = self._loaded = None  # first, so that no two are in memory
+            self._runner = self._loaded = None  # first, so that no two are in memory
             self._config = EngineConfig(**command.content)
             own = self._config
             self._loaded = load_model(own.model, mesh=own.mesh, dtype=own.dtype, quantization=own.quantization)
@@ -52,13 +60,15 @@ class Follower:
             self._runner = self._make_runner(*command.content)
         else:
             assert self._runner is not None
+            number, content = command.content
             if command.kind == "step":
-                self._step(self._runner, command.content)
+                sent = self._runner.send_own(StepPlan.from_content(content))
+                self._sent.put((number, self._runner.answers_steps, sent))
             elif command.kind == "reset":
-                self._sent = None
                 self._runner.reset()
             elif command.kind == "expert-tokens":
-                self._runner.expert_tokens()
+                if counts := self._runner.expert_tokens():
+                    self._group.answer([number, list(counts.items())])
             else:
                 assert command.kind == "warm-up", command.kind
                 self._runner.warm_up()
@@ -76,7 +86,13 @@ class Follower:
             )
         return Runner(*loaded.serving_form(), plan, EngineMetrics(plan.kv_cache_bytes))
 
-    def _step(self, runner: Runner, content: Any) -> None:
-        previous, self._sent = self._sent, runner.send(StepPlan.from_content(content))
-        if previous is not None:
-            previous.hidden.block_until_ready()  # or what fails on this process's devices alone would never be seen
+    def _watch(self) -> None:
+        """Wait for what is sent, or what fails on this process's devices alone would never be seen; and answer."""
+        try:
+            while True:
+                number, is_answered, sent = self._sent.get()
+                sent.hidden.block_until_ready()
+                if is_answered:
+                    self._group.answer([number, sent.arrays()])
+        except Exception as error:
+            _leave(self._group, error)

@@ -171,6 +171,7 @@ class Group:
         self._status_when_lost = status_when_lost
         self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._is_over = False  # peers may go
         self._ending = threading.Lock()
         self._exit_status: int | None = None  # set where jax's own farewell would wait for processes that are gone
@@ -201,6 +202,17 @@ class Group:
         self.tell("report")
         for _ in self._peers:
             self._reports.get()
+
+    def next_answer(self) -> Any:
+        """Process 0: wait for what another process answers next."""
+        return self._answers.get()
+
+    def answer(self, content: Any) -> None:
+        """Other processes, in any thread: what process 0 waits for."""
+        try:
+            self._leader.link.send("answer", content)
+        except LinkError as error:
+            self._end(f"{self._leader.name} is lost: {error}")
 
     def next_command(self) -> Message | None:
         """Other processes: wait for what process 0 asks for. None once it has closed the group."""
@@ -273,6 +285,8 @@ class Group:
             return
         if message.kind == "failed":
             self._end(f"{peer.name} failed: {message.content}")
+        elif message.kind == "answer":
+            self._answers.put(message.content)
         elif message.kind == "done":
             self._reports.put(peer.name)
         elif message.kind == "ask":

@@ -62,11 +62,6 @@ def _check_stages(config: ModelConfig, count: int) -> None:
             f"mesh axis stage={count}: layers that read the keys of others must be on their stage, which leaves this "
             f"model in {most} pieces; use at most {most}"
         )
-    if count > 1 and jax.process_count() > 1:
-        raise ValueError(
-            f"mesh axis stage={count}: one process sends all stages, and there are {jax.process_count()}; "
-            "use data, fsdp, context, expert or tensor across hosts"
-        )
 
 
 def _divisors(config: ModelConfig) -> str:
@@ -93,16 +88,22 @@ def check_memory(model: Model, shardings: Params, mesh: Mesh) -> None:
     limit = memory_limit(mesh)
     if limit is None:
         return
-    parts = stages(model.config, mesh)
-    needed = max(bytes_per_device(stage.part(model.abstract_params), stage.part(shardings)) for stage in parts)
-    where = "every device" if len(parts) == 1 else "a device of the fullest stage"
-    axes = "tensor or fsdp" if len(parts) == len(cut_points(model.config)) else "tensor, fsdp or stage"
+    held = stage_bytes(model, shardings, mesh)
+    needed = max(held)
+    where = "every device" if len(held) == 1 else "a device of the fullest stage"
+    axes = "tensor or fsdp" if len(held) == len(cut_points(model.config)) else "tensor, fsdp or stage"
     if needed > limit:
         raise ValueError(
             f"the parameters take {needed / 2**30:.3g} GiB on {where} of mesh {dict(mesh.shape)}, "
             f"{(needed - limit) / 2**30:.3g} GiB more than the {limit / 2**30:.3g} GiB it has; "
             f"spread them over {math.ceil(needed / limit)} times as many devices by {axes}"
         )
+
+
+def stage_bytes(model: Model, shardings: Params, mesh: Mesh) -> list[int]:
+    """Bytes of the parameters on one device of each stage."""
+    parts = stages(model.config, mesh)
+    return [bytes_per_device(stage.part(model.abstract_params), stage.part(shardings)) for stage in parts]
 
 
 def memory_limit(mesh: Mesh) -> int | None:

@@ -63,7 +63,7 @@ def param_shardings(model: Model, mesh: Mesh) -> Params:
         own = rules.param_shardings(stage.part(model.abstract_params), stage.part(model.logical_axes), stage.mesh)
         layers |= own.pop("layers")
         ends |= own
-    return {**ends, "layers": layers}
+    return {**ends, "layers": {index: layers[index] for index in model.abstract_params["layers"]}}
 
 
 def _ends(config: ModelConfig, layers: range) -> tuple[str, ...]:

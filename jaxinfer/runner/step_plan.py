@@ -43,6 +43,7 @@ class StepPlan:
     batch       packed batches [shards, layout's size]
     samples     what the sampler is told of each row [shards, rows, columns]; None where no row samples
     scores      rows and targets of prompt tokens to score [2, shards, SCORED_ROWS]
+    last_tokens the newest token of each slot [shards, slots], where the first stage does not find them on the devices
     """
 
     lane: int
@@ -52,6 +53,7 @@ class StepPlan:
     batch: np.ndarray
     samples: np.ndarray | None
     scores: tuple[np.ndarray, ...]
+    last_tokens: np.ndarray | None = None
 
     def content(self) -> dict[str, Any]:
         """As plain values and arrays, to be sent to another process."""

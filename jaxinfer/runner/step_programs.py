@@ -8,6 +8,7 @@ Everything is made from shapes: neither parameters nor devices need to be there.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from jaxinfer.sampling.logprobs import score
 from jaxinfer.sampling.rows import NUM_COLUMNS, SamplingRows
 from jaxinfer.sampling.sampler import SampleOutput, sample
 from jaxinfer.sampling.state import SamplerState, admit, init_state
+from jaxinfer.sharding.hop import Hop
 from jaxinfer.sharding.mesh import AXES
 from jaxinfer.sharding.spmd import (
     PER_DEVICE,
@@ -70,8 +72,9 @@ class StepPrograms:
         self._same_as = [functions.index(function) for function in functions]
         self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what enters its layers, once traced
         self._is_first, self._is_last = stage.layers.start == 0, stage.layers.stop == len(plan.layers)
+        self._spans_processes = spans_processes(stage.mesh)
         # What the host reads: of all shards, where one process reads for several.
-        self._read = NamedSharding(stage.mesh, PartitionSpec() if spans_processes(stage.mesh) else PER_SHARD)
+        self._read = NamedSharding(stage.mesh, PartitionSpec() if self._spans_processes else PER_SHARD)
 
     def split(self, params: Params) -> tuple[Params, tuple[Any, ...]]:
         """The stage's part of the parameters as its programs take them: all but the layers, and by segment these."""
@@ -82,18 +85,21 @@ class StepPrograms:
     def layout(self, num_tokens: int) -> BatchLayout:
         return BatchLayout(num_tokens, self._plan.max_num_seqs, self._plan.table_widths)
 
+    def placed(self, array: np.ndarray) -> Any:
+        """A host array [shards, ...] as programs take it. Every process of the stage has the same one."""
+        if not self._spans_processes:
+            return array
+        return jax.make_array_from_callback(array.shape, self.per_shard, lambda index: array[index])
+
+    def words(self, batch: np.ndarray) -> jax.Array:
+        """Packed batches [shards, layout's size] on their devices."""
+        return self.placed(batch) if self._spans_processes else jax.device_put(batch, self.per_shard)
+
     def make_all(self) -> None:
         """Every program that serving can need; afterwards nothing compiles."""
         for num_tokens in self._plan.token_buckets:
-            layout = self.layout(num_tokens)
-            if self._is_first:
-                self.begin(layout)
-            else:
-                self.resume(layout)
-            for number in range(len(self.segments)):
-                self.layers(layout, number)
+            self.make_model(self.layout(num_tokens))
             if self._is_last:
-                self.end(layout)
                 self.scorer(num_tokens)
         self.copier()
         if self.has_experts:
@@ -102,6 +108,28 @@ class StepPrograms:
             for num_rows in self._plan.sequence_buckets:
                 self.sampler(num_rows)
             self.admission()
+
+    def make_model(self, layout: BatchLayout) -> None:
+        """The programs of all layers."""
+        if self._is_first:
+            self.begin(layout)
+        else:
+            self.resume(layout)
+        for number in range(len(self.segments)):
+            self.layers(layout, number)
+        if self._is_last:
+            self.end(layout)
+
+    def entering(self, num_tokens: int) -> tuple[jax.ShapeDtypeStruct, tuple[jax.ShapeDtypeStruct, ...]]:
+        """What comes from the stage before, as it lies on this one: x, and the inputs of all layers from here on."""
+        width, count = self._model.config.per_layer_input_dim, len(self._plan.layers) - self.stage.layers.start
+        own = self._per_shard((num_tokens, width), self._plan.dtype, ROWS)
+        return self._hidden(num_tokens, ROWS), (own,) * count if width else ()
+
+    def exchange(self, name: Hashable, hop: Hop, leaves: Any) -> Any:
+        """(arrays of another stage's devices and of this one's) -> the same, of which this one's are the other's: what
+        `hop` exchanges, by a name of its own."""
+        return self._programs.get(("exchange", name), lambda: hop.lower(leaves))
 
     def zeros(self, name: str, leaves: Any) -> Any:
         """() -> zeros of the leaves' shapes, where they lie."""
@@ -136,10 +164,8 @@ class StepPrograms:
         outputs = (ROWS, PER_PLACE)
         traced = self._jit(function, (PER_SHARD,), outputs).trace(self._buffer(layout))
         rotations, prepared = self._placed(traced.out_info, outputs)
-        width = self._model.config.per_layer_input_dim
-        per_layer = (self._per_shard((layout.num_tokens, width), self._plan.dtype, ROWS),) * len(self.stage.layers)
-        shapes: tuple[Any, ...] = (self._hidden(layout.num_tokens, ROWS), rotations, per_layer if width else ())
-        self._begun[layout.num_tokens] = Stream(*shapes), prepared
+        shapes: tuple[Any, Any] = self.entering(layout.num_tokens)
+        self._begun[layout.num_tokens] = Stream(shapes[0], rotations, shapes[1]), prepared
         return traced
 
     def layers(self, layout: BatchLayout, number: int) -> Any:

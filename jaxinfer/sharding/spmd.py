@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxinfer.sharding.mesh import AXES
 from jaxinfer.sharding.rules import STORED_APART, mesh_axes
@@ -35,9 +35,24 @@ def num_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in SHARDS)
 
 
+def processes(mesh: Mesh) -> set[int]:
+    """Those that have some of the devices."""
+    return {device.process_index for device in mesh.devices.flat}
+
+
 def spans_processes(mesh: Mesh) -> bool:
-    """Whether some of the devices are another process's."""
-    return len({device.process_index for device in mesh.devices.flat}) > 1
+    """Whether the devices are several processes'."""
+    return len(processes(mesh)) > 1
+
+
+def has_part(mesh: Mesh) -> bool:
+    """Whether some of the devices are this process's."""
+    return jax.process_index() in processes(mesh)
+
+
+def elsewhere(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
+    """An array that lies on other processes' devices alone."""
+    return jax.make_array_from_single_device_arrays(shape, sharding, [], dtype=dtype)
 
 
 # TPUs whose SparseCores gather while the TensorCore computes, when they are asked to.

@@ -31,7 +31,7 @@ from jaxinfer.metrics.table import format_bytes, format_seconds
 from jaxinfer.models.config import LayerConfig, ModelConfig, RopeConfig
 from jaxinfer.models.model import Model
 from jaxinfer.plan import Plan, resolve
-from jaxinfer.runner.runner import SentStep
+from jaxinfer.runner.sent import AwaitedStep, SentStep
 from jaxinfer.runner.step_plan import StepPlan
 from jaxinfer.scheduler.schedule import SchedulerConfig
 from jaxinfer.scheduler.scheduler import Scheduler
@@ -117,7 +117,7 @@ class DeviceOnly:
         self._last: StepPlan | None = None
         engine.runner.send = self._remember  # type: ignore[method-assign]
 
-    def _remember(self, step: StepPlan) -> SentStep:
+    def _remember(self, step: StepPlan) -> SentStep | AwaitedStep:
         self._last = replace(step, admissions=(), copies=(), scores=())
         return self._send(step)
 
@@ -136,7 +136,7 @@ class DeviceOnly:
         started = time.perf_counter()
         previous = None
         for _ in range(count):
-            sent = self._send(self._last).sampled
+            sent = self.runner.send_own(self._last).sampled
             if previous is not None:
                 previous.token_ids.block_until_ready()
             previous = sent

@@ -28,7 +28,7 @@ from jaxinfer.loading import LoadedModel
 from jaxinfer.metrics.table import format_seconds
 from jaxinfer.models.model import Model
 from jaxinfer.runner.batch import pack
-from jaxinfer.runner.runner import SentStep
+from jaxinfer.runner.sent import SentStep
 from jaxinfer.runner.step_plan import StepPlan
 from jaxinfer.scheduler.schedule import Schedule, ScheduledRow
 from jaxinfer.scheduler.sequence import Sequence
@@ -85,8 +85,9 @@ class Pipeline:
 
     def _send(self, stage: int, before: Future[Any] | None) -> Future[Any]:
         def send() -> Any:
-            flow = None if before is None else before.result()
-            return self._runner._run_stage(stage, self._runner._lanes[0], self._layout, self._batch, flow)
+            lane = self._runner._lanes[0]
+            flow = self._runner._last_tokens(lane, None) if before is None else before.result()
+            return self._runner._run_stage(stage, lane, self._layout, self._batch, flow)
 
         return self._threads[stage].submit(send)
 
@@ -139,6 +140,7 @@ class Watch:
         started = time.perf_counter()
         self._steps.append((step.lane, started, []))
         sent = self._send(step)
+        assert isinstance(sent, SentStep)
         assert sent.sampled is not None
         self._note(len(self._threads) - 1, sent.sampled.token_ids)
         self.sending += time.perf_counter() - started

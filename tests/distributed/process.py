@@ -23,16 +23,17 @@ def free_port() -> int:
 
 
 class Processes:
-    """Started by the same command, process 0 first, each with one device; what they say goes to files in `directory`.
+    """Started by the same command, process 0 first; what they say goes to files in `directory`.
 
-    cache: where jax keeps what process 0 compiles, for all (`share_programs`).
+    cache: where jax keeps what process 0 compiles, for all (`share_programs`). devices: of each process.
     """
 
-    def __init__(self, directory: Path, count: int, command: Sequence[str], cache: Path) -> None:
+    def __init__(self, directory: Path, count: int, command: Sequence[str], cache: Path, devices: int) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX"))}
         environment = {
             **inherited,
             "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_SHARE_BINARY_BETWEEN_HOSTS": "1",
@@ -83,8 +84,10 @@ class Processes:
 
 
 @contextmanager
-def processes(directory: Path, count: int, command: Sequence[str], cache: Path) -> Iterator[Processes]:
-    started = Processes(directory, count, command, cache)
+def processes(
+    directory: Path, count: int, command: Sequence[str], cache: Path, devices: int = 1
+) -> Iterator[Processes]:
+    started = Processes(directory, count, command, cache, devices)
     try:
         yield started
     finally:

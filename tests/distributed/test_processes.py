@@ -80,14 +80,46 @@ def test_context_and_experts_over_two_processes(tmp_path: Path, cache: Path) -> 
     assert any(line.startswith("expert load") for line in group.said()[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "count", "devices", "mesh"),
+    [
+        ("llama3_gqa", 4, 1, "stage=2,tensor=2"),
+        ("gpt_oss", 2, 2, "stage=2,tensor=2"),
+        ("gpt_oss", 2, 2, "data=2,stage=2"),
+        ("gemma4_e", 2, 1, "stage=2"),
+        ("gemma3_text", 2, 2, "stage=4"),
+        ("gemma3_text", 2, 3, "stage=3,tensor=2"),
+    ],
+)
+def test_stages_over_processes(tmp_path: Path, cache: Path, name: str, count: int, devices: int, mesh: str) -> None:
+    """Stages of one process and of several, several stages of one; heads that are the embeddings, layers with inputs of
+    their own, experts whose load is counted everywhere. Scores and log-probabilities find back to process 0."""
+    golden = np.load(GOLDENS / name / "golden.npz")
+    prompts = [golden[f"prompt_{i}"].tolist() for i in range(2)]
+    lines = [greedy(prompts[0], 8, prompt_logprobs=0), greedy(prompts[1], 8, logprobs=1), greedy(prompts[0], 8, n=2)]
+    command = ["run", *job(tmp_path, lines), "--model", str(GOLDENS / name), "--mesh", mesh, *SIZES]
+    with processes(tmp_path, count, command, cache, devices) as group:
+        assert group.wait(280) == [0] * count, group.said()
+    found = results(tmp_path)
+    wanted = [golden[f"greedy_{i}"].tolist()[:8] for i in (0, 1, 0, 0)]
+    assert [output["token_ids"] for result in found for output in result["outputs"]] == wanted
+    logits = golden["logits_0"].astype(np.float64)
+    expected = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(len(prompts[0]) - 1), prompts[0][1:]]
+    scored = [entry[0]["logprob"] for entry in found[0]["prompt_logprobs"][1:]]
+    assert scored == pytest.approx(expected.tolist(), abs=1e-3)
+    assert len(found[1]["outputs"][0]["logprobs"]) == 8
+    assert any(line.startswith("expert load") for line in group.said()[0]) == (name == "gpt_oss")
+
+
 def said_of_gloo(lines: list[str]) -> int:
     return sum("[Gloo]" in line for line in lines)
 
 
 def test_two_processes_end_together(tmp_path: Path, cache: Path) -> None:
     """In one test, so that all but the first job find its programs."""
-    for lost in (1, 0):
-        kill_one(made(tmp_path / f"killed-{lost}"), cache, lost)
+    for lost, mesh in ((1, "tensor=2"), (0, "stage=2")):
+        kill_one(made(tmp_path / f"killed-{lost}"), cache, lost, mesh)
     drain_server(made(tmp_path / "server"), cache)
 
 
@@ -96,10 +128,16 @@ def made(directory: Path) -> Path:
     return directory
 
 
-def kill_one(directory: Path, cache: Path, lost: int) -> None:
+@pytest.mark.slow
+def test_the_last_stage_is_killed(tmp_path: Path, cache: Path) -> None:
+    """While process 0 waits for its tokens."""
+    kill_one(tmp_path, cache, 1, "stage=2")
+
+
+def kill_one(directory: Path, cache: Path, lost: int, mesh: str) -> None:
     """In the middle of steps, most of whose time goes by in collectives; what was answered before is kept."""
     lines = [greedy(PROMPTS[0], 8), *(greedy(PROMPTS[0], 80) for _ in range(200))]
-    command = ["run", *job(directory, lines), "--model", str(MODEL), "--mesh", "tensor=2", *SIZES]
+    command = ["run", *job(directory, lines), "--model", str(MODEL), "--mesh", mesh, *SIZES]
     with processes(directory, 2, command, cache) as group:
         group.wait_for(directory / "out.jsonl", '"line": 1,')
         started = time.monotonic()
