@@ -103,12 +103,12 @@ def convert(
     written = None if config.quantization is None else to_config(config.quantization)
     with appearing_whole(output) as partial:
         if from_orbax:
-            num_bytes = _from_orbax(directory, partial, to, dtype, family.sources(config), config)
+            written_bytes = _from_orbax(directory, partial, to, dtype, family.sources(config), config)
         else:
-            num_bytes = _from_safetensors(directory, partial, to, dtype, family, config, packed)
+            written_bytes = _from_safetensors(directory, partial, to, dtype, family, config, packed)
         # What was packed is not any more: every family that takes such a checkpoint unpacks it.
         copy_side_files(directory, partial, _with_dtype(config_json, dtype) | {CONFIG_KEY: written})
-    log.info("%s: %s, %.3f GB, in %.1f s", output, to, num_bytes / 1e9, time.perf_counter() - started)
+    log.info("%s: %s, %.3f GB, in %.1f s", output, to, written_bytes / 1e9, time.perf_counter() - started)
 
 
 def check_output(output: Path) -> None:

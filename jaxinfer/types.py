@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,6 +12,9 @@ from typing import Literal
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20
+# More than any vocabulary has; what is longer would hold up everyone else while it is looked at.
+MAX_TOKEN_IDS = 2**18
+_DIGITS = re.compile("0|[1-9][0-9]{0,9}")  # "05" would be a second name of 5
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,7 @@ class SamplingParams:
                 raise ValueError(f"stop={text!r} must be a non-empty string; remove it")
         for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
             if getattr(self, name) is not None:
-                ids = _items(name, getattr(self, name))
-                self._store(name, tuple(_whole(f"{name} entry", token_id, 0) for token_id in ids))
+                self._store(name, _token_ids(name, getattr(self, name)))
         if self.logit_bias is not None:
             self._store("logit_bias", _logit_bias(self.logit_bias))
         self._refuse_contradictions()
@@ -133,18 +136,24 @@ def check_against_vocabulary(params: SamplingParams, vocab_size: int, eos_token_
 
 
 def _number(name: str, value: object, low: float, high: float, *, low_open: bool = False) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name}={value!r} must be a finite number")
-    number = float(value)
     if not (low < number if low_open else low <= number) or number > high:
         raise ValueError(f"{name}={value} is out of range; use a value in {'(' if low_open else '['}{low:g}, {high:g}]")
     return number
 
 
 def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if type(value) is int:  # nearly always, and found out sooner than by asking numbers
+        number = value
+    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        number = int(value)
+    else:
         raise ValueError(f"{name}={value!r} must be a whole number")
-    number = int(value)
     if number < low or (high is not None and number > high):
         limit = f"at least {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name}={number} is out of range; use a value {limit}")
@@ -157,12 +166,24 @@ def _items(name: str, value: object) -> tuple[object, ...]:
     return tuple(value)
 
 
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    ids, entry = _items(name, value), f"{name} entry"
+    _check_count(name, len(ids))
+    return tuple(_whole(entry, token_id, 0) for token_id in ids)
+
+
+def _check_count(name: str, count: int) -> None:
+    if count > MAX_TOKEN_IDS:
+        raise ValueError(f"{name} has {count} entries; use at most {MAX_TOKEN_IDS}")
+
+
 def _logit_bias(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise ValueError(f"logit_bias={value!r} must map token ids to numbers")
+    _check_count("logit_bias", len(value))
     biases = {}
     for key, bias in value.items():
-        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        token_id = int(key) if isinstance(key, str) and _DIGITS.fullmatch(key) else key
         biases[_whole("logit_bias key", token_id, 0)] = _number("logit_bias value", bias, -100.0, 100.0)
     return biases
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 DRAINED, ENGINE_FAILED, NOT_STARTED, DEFECT = 0, 1, 2, 3
 
 _STOP_SECONDS = 10.0
+_FILES = 8192  # shells give 1024
 
 log = logging.getLogger("serving")
 
@@ -123,8 +124,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def allow_files() -> None:
+    """Let this process have as many files open as the default limits of connections take, where it may."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _lead(args: argparse.Namespace, group: Group | None) -> int:
     """The server itself, on the only process or on process 0 of several."""
+    if sys.platform != "win32":
+        allow_files()
     try:
         engine = engine_config(args)
         config = _server_config(args, engine)

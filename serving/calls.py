@@ -17,10 +17,10 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc.aio import EOF  # pyright: ignore[reportAttributeAccessIssue]
 
-from serving.engine_loop import stalled
 from serving.errors import RequestError
 from serving.frontend import Frontend
 from serving.refusals import Refusals
+from serving.request_stream import stalled
 from serving.tracing import note_caller
 
 log = logging.getLogger(__name__)
@@ -167,6 +167,9 @@ def answered(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
             await abort_call(context, error, self.frontend.limits.stall_seconds)
         except grpc.aio.AbortError:
             raise
+        except grpc.aio.InternalError:  # what a write says of a call that is over, if nothing has been cancelled yet
+            over = RequestError("ABORTED", "the call was over before its answer")
+            await abort_call(context, over, self.frontend.limits.stall_seconds)
         except Exception:
             log.exception("%s failed on request_id=%r", method.__name__, getattr(request, "request_id", ""))
             internal = RequestError("INTERNAL", DEFECT)

@@ -228,10 +228,12 @@ def check_room(served: LoadedModel, memory_of: Callable[[Any], Mapping[str, int]
     """
     import jax
 
+    from jaxinfer.quantization import num_bytes
+
     needed: Counter[Any] = Counter()
     for array in jax.tree.leaves(served.params):
         for shard in array.addressable_shards:
-            needed[shard.device] += shard.data.nbytes
+            needed[shard.device] += num_bytes([shard.data])
     for device, size in needed.items():
         memory = memory_of(device)
         if "bytes_limit" not in memory:

@@ -1,4 +1,4 @@
-"""The engine's own thread, and the streams that carry its answers to the event loop. Imports no jax.
+"""The engine's own thread, which sends its answers to the event loop. Imports no jax.
 
 One thread opens, warms up, steps and drops the engine; nobody else touches it. The event loop sends it commands through
 a queue, which it reads between two steps, and it sends what each step gave back in one piece. Pieces that the event
@@ -17,12 +17,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxinfer.types import Request, RequestOutput, SamplingParams
-from serving.admission import Ticket
-from serving.deltas import Delta, DeltaMaker, End
+from serving.deltas import DeltaMaker
 from serving.errors import RequestError
+from serving.request_stream import RequestStream
 from serving.settings import Limits
 
 if TYPE_CHECKING:
@@ -46,115 +48,27 @@ _PROBE = "probe"
 
 
 def give_way() -> None:
-    """Let this thread and those that it starts, XLA's among them, come after the process's other threads.
+    """Where the device is the CPU, let this thread and those that it starts, XLA's, come after the process's others.
 
-    A device that is the CPU computes on all cores. The threads through which a token passes on its way to its client
-    would each wait there for one. Only on Linux do threads have priorities of their own.
+    Such a device computes on all cores. The threads through which a token passes on its way to its client would each
+    wait there for one. An accelerator itself waits for this thread, which then comes after nobody. To be called before
+    jax looks for devices, which starts the threads. Only on Linux do threads have priorities of their own.
     """
-    if sys.platform == "linux":
+    import jax
+
+    if sys.platform == "linux" and has_cpu_only(jax.config.jax_platforms):
         os.nice(_NICENESS)
+
+
+def has_cpu_only(platforms: str | None) -> bool:
+    """Whether jax, given its option jax_platforms, is told to use the CPU, or has no plugin for anything else."""
+    if platforms:
+        return platforms == "cpu"
+    return find_spec("libtpu") is None and not entry_points(group="jax_plugins")
 
 
 class StepTimeout(Exception):
     """The device hangs, and with it the thread that waits for it."""
-
-
-class RequestStream:
-    """One request's answer on its way to its reader; for the event loop only. Use as an async context manager.
-
-    Leaving the context before the end aborts the request. max_unread_tokens: more than this unread aborts it too; None
-    is a reader who wants everything at once.
-    name: the request's in the words of its client, not of the engine; several may have one.
-    on_end: called once it is over, with how it ended, or with the error for a request that the engine did not take.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        ticket: Ticket,
-        max_unread_tokens: int | None,
-        engine: EngineLoop,
-        name: str,
-        on_end: Callable[[End | RequestError], None],
-    ) -> None:
-        self.request = request
-        self.name = name
-        self.is_running = False
-        self._on_end = on_end
-        self._ticket = ticket
-        self._max_unread_tokens = max_unread_tokens
-        self._engine = engine
-        self._unread: Delta | None = None
-        self._refusal: RequestError | None = None
-        self._reason: RequestError | None = None
-        self._arrived = asyncio.Event()
-        self._over = False
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether its reader is given what there is as it comes, and not only at the end."""
-        return self._max_unread_tokens is not None
-
-    async def __aenter__(self) -> RequestStream:
-        return self
-
-    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.cancel(error if isinstance(error, RequestError) else None)
-
-    async def next(self) -> Delta:
-        """All that has come since the last call, at least something; the last has `end`. RequestError if refused."""
-        while self._unread is None:
-            if self._refusal is not None:
-                raise self._refusal
-            assert not self._over, "nothing comes after the end"
-            self._arrived.clear()
-            await self._arrived.wait()
-        delta, self._unread = self._unread, None
-        return delta
-
-    def cancel(self, reason: RequestError | None) -> None:
-        """Abort the request if it still runs. reason: what its reader is told, if there still is one."""
-        if not self._over and self._reason is None:
-            self._reason = reason
-            self._engine.abort(self.request.request_id)
-
-    # Called on the event loop with what the engine's thread sent.
-
-    def started(self, _: None) -> None:
-        self.is_running = True
-        self._ticket.started()
-
-    def give(self, delta: Delta) -> None:
-        if self._over:  # a thread that was given up goes on after all
-            return
-        if self._unread is None:
-            self._unread = delta
-        else:
-            self._unread.add(delta)
-        if delta.end is not None:
-            if self._reason is not None and delta.end.error is None:
-                delta.end.error = self._reason
-            self._end(delta.end)
-        elif self._max_unread_tokens is not None and self._unread.num_tokens > self._max_unread_tokens:
-            self.cancel(stalled(f"left {self._unread.num_tokens} tokens unread"))
-        self._arrived.set()
-
-    def refuse(self, error: RequestError) -> None:
-        if self._over:
-            return
-        self._refusal = error
-        self._end(error)
-        self._arrived.set()
-
-    def _end(self, how: End | RequestError) -> None:
-        self._over = True
-        self._ticket.leave()
-        self._engine.forget(self)
-        self._on_end(how)
-
-
-def stalled(what: str) -> RequestError:
-    return RequestError("ABORTED", f"the reader {what}; read faster, or ask for less")
 
 
 @dataclass

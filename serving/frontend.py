@@ -19,10 +19,11 @@ from serving import tracing
 from serving.admission import Admission
 from serving.conversation import Conversation
 from serving.deltas import End
-from serving.engine_loop import EngineLoop, RequestStream
+from serving.engine_loop import EngineLoop
 from serving.errors import RequestError
 from serving.logs import log_request
 from serving.refusals import Refusals
+from serving.request_stream import RequestStream
 from serving.settings import (
     MAX_PROMPT_BYTES_PER_TOKEN,
     MAX_STOP_CHARACTERS,
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _ABORT_SECONDS = 5.0
+_LARGE_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Frontend:
         self._numbers = itertools.count()
         # One thread: tokenizers are not made for several at once, and two cores have better things to do.
         self._executor = ThreadPoolExecutor(1, "tokenizer")
+        self._reader = ThreadPoolExecutor(1, "reader")
 
     async def start(self) -> None:
         """Load the model and compile; afterwards requests are taken. Raises what loading raised."""
@@ -136,7 +139,8 @@ class Frontend:
 
     async def stop(self) -> None:
         await self.engine.stop()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._executor, self._reader):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def check_model(self, model: str | None) -> None:
         """RequestError for another model than this server's."""
@@ -144,6 +148,16 @@ class Frontend:
             self.admission.enter(0)  # raises, and says why
         if model and model != self.name:
             raise RequestError("NOT_FOUND", f"model={model!r} is not served here; use {self.name!r} or leave it unset")
+
+    async def understand(self, num_bytes: int, read: Callable[[], _T]) -> _T:
+        """What `read` makes of a client's message of so many bytes, or raises.
+
+        It may take seconds for a large one, millions of small items say: in a thread, so that all others are served
+        meanwhile, and one at a time.
+        """
+        if num_bytes <= _LARGE_BYTES:
+            return read()
+        return await asyncio.get_running_loop().run_in_executor(self._reader, read)
 
     async def submit(self, ask: Ask, *, is_streamed: bool) -> RequestStream:
         """Send a request to the engine, or RequestError. is_streamed: its reader may be slow.
@@ -260,16 +274,17 @@ class Frontend:
                 "INVALID_ARGUMENT", f"stop has a string of {longest} characters; use at most {MAX_STOP_CHARACTERS}"
             )
         if isinstance(ask.prompt, tuple) and len(ask.prompt) >= self.facts.max_model_len:
-            self._refuse_length(f"the prompt has {len(ask.prompt)} tokens")
+            limit = self.facts.max_model_len
+            message = (
+                f"the prompt has {len(ask.prompt)} tokens, but max_model_len={limit} leaves room for {limit - 1} and"
+            )
+            raise RequestError("INVALID_ARGUMENT", f"{message} one output; shorten it")
 
     def _check_length(self, prompt: str | Conversation) -> None:
         size = _num_bytes(prompt)
         if size > MAX_PROMPT_BYTES_PER_TOKEN * self.facts.max_model_len:
-            self._refuse_length(f"the prompt has {size} bytes")
-
-    def _refuse_length(self, what: str) -> None:
-        limit = self.facts.max_model_len
-        raise RequestError("INVALID_ARGUMENT", f"{what}, more than max_model_len={limit} tokens can be; shorten it")
+            message = f"the prompt has {size} bytes, more than max_model_len={self.facts.max_model_len} tokens can be"
+            raise RequestError("INVALID_ARGUMENT", f"{message}; shorten it")
 
     async def _in_executor(self, function: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)

@@ -77,7 +77,7 @@ class Inference(Service, inference_pb2_grpc.InferenceServicer):
         """The messages of one request, as they come or all in one. RequestError where it is refused."""
         frontend = self.frontend
         with frontend.counting_refusals():
-            ask = messages.read_ask(request)
+            ask = await frontend.understand(request.ByteSize(), lambda: messages.read_ask(request))
         stream = await frontend.submit(ask, is_streamed=is_streamed)
         async with stream:
             writer = messages.Writer(
@@ -115,25 +115,22 @@ class Models(Service, models_pb2_grpc.ModelsServicer):
 
     @answered
     async def Tokenize(self, request: models_pb2.TokenizeRequest, context: Context) -> models_pb2.TokenizeResponse:
-        self.frontend.check_model(request.model)
-        messages.refuse_unknown(request)
-        kind = request.WhichOneof("input")
-        if kind is None:
-            raise RequestError("INVALID_ARGUMENT", "the input is missing; set text or chat")
-        if kind == "chat" and request.HasField("add_special_tokens"):
-            raise RequestError("INVALID_ARGUMENT", "add_special_tokens goes with text; a chat template adds its own")
-        prompt = messages.read_chat(request.chat) if kind == "chat" else request.text
-        add_special_tokens = request.add_special_tokens or not request.HasField("add_special_tokens")
-        token_ids = await self.frontend.token_ids(prompt, add_special_tokens)
+        frontend = self.frontend
+        with frontend.counting_refusals():
+            frontend.check_model(request.model)
+            prompt = await frontend.understand(request.ByteSize(), lambda: messages.read_tokenize(request))
+            add_special_tokens = request.add_special_tokens or not request.HasField("add_special_tokens")
+            token_ids = await frontend.token_ids(prompt, add_special_tokens)
         return models_pb2.TokenizeResponse(token_ids=token_ids)
 
     @answered
     async def Detokenize(
         self, request: models_pb2.DetokenizeRequest, context: Context
     ) -> models_pb2.DetokenizeResponse:
-        self.frontend.check_model(request.model)
-        messages.refuse_unknown(request)
-        text = await self.frontend.text_of(tuple(request.token_ids), request.skip_special_tokens)
+        with self.frontend.counting_refusals():
+            self.frontend.check_model(request.model)
+            messages.refuse_unknown(request)
+            text = await self.frontend.text_of(tuple(request.token_ids), request.skip_special_tokens)
         return models_pb2.DetokenizeResponse(text=messages.sendable(text))
 
     def _info(self) -> models_pb2.ModelInfo:

@@ -25,6 +25,11 @@ def set_up_logging(format: Format) -> None:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
+def says_more_than_that_a_client_left(record: logging.LogRecord) -> bool:
+    """A filter for gRPC's logger, which calls it an error, with a traceback, that a call was gone when it answered."""
+    return not record.getMessage().startswith("ExecuteBatchError raised in core by servicer method")
+
+
 class PlainFormatter(logging.Formatter):
     """Time, level, message, and what `fields` of the record holds as key=value, texts in quotes.
 

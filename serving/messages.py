@@ -11,12 +11,14 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from jaxinfer.openai.bodies import MAX_MESSAGES
 from jaxinfer.types import Logprob, SamplingParams
 from serving.conversation import Conversation, check_variables
 from serving.deltas import Delta, End, Prompt, Reason, SequenceDelta
 from serving.errors import RequestError
 from serving.frontend import Ask
 from serving.generated import inference_pb2 as pb
+from serving.generated import models_pb2
 
 # Fields of the messages that are SamplingParams' under the same name.
 _SAMPLING = (
@@ -75,11 +77,24 @@ def refuse_unknown(message: Message) -> None:
         raise _invalid(f"field number {unknown.field_number} of {message.DESCRIPTOR.name} is not known to this server")
 
 
+def read_tokenize(request: models_pb2.TokenizeRequest) -> str | Conversation:
+    """The text or conversation. RequestError for a request without one, or with what does not go with it."""
+    refuse_unknown(request)
+    kind = request.WhichOneof("input")
+    if kind is None:
+        raise _invalid("the input is missing; set text or chat")
+    if kind == "chat" and request.HasField("add_special_tokens"):
+        raise _invalid("add_special_tokens goes with text; a chat template adds its own")
+    return read_chat(request.chat) if kind == "chat" else request.text
+
+
 def read_chat(chat: pb.Chat) -> Conversation:
     """RequestError for a message without a role and for arguments that are not variables of the template."""
     refuse_unknown(chat)
     if not chat.messages:
         raise _invalid("chat.messages is empty; give at least one message")
+    if len(chat.messages) > MAX_MESSAGES:
+        raise _invalid(f"chat.messages has {len(chat.messages)} entries; use at most {MAX_MESSAGES}")
     messages = []
     for index, message in enumerate(chat.messages):
         refuse_unknown(message)

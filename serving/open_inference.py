@@ -18,6 +18,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from jaxinfer.openai.objects import BodyError, parse_object
 from jaxinfer.types import Logprob, SamplingParams
 from serving.calls import DEFECT, Context, Service, answered
 from serving.deltas import SequenceDelta
@@ -107,7 +108,7 @@ class OpenInference(Service, open_inference_pb2_grpc.GRPCInferenceServiceService
     @answered
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         with self.frontend.counting_refusals():
-            question = self._read(request)
+            question = await self._understood(request)
             if question.is_streamed:
                 raise _invalid("stream is true, and ModelInfer has one answer; use ModelStreamInfer")
         async with aclosing(self._answers(request, question)) as answers:
@@ -123,7 +124,7 @@ class OpenInference(Service, open_inference_pb2_grpc.GRPCInferenceServiceService
         """One request's answers. What goes wrong with it is told in its last message, and the call goes on."""
         try:
             with self.frontend.counting_refusals():
-                question = self._read(request)
+                question = await self._understood(request)
             async with aclosing(self._answers(request, question)) as answers:
                 async for answer in answers:
                     yield pb.ModelStreamInferResponse(infer_response=answer)
@@ -169,40 +170,44 @@ class OpenInference(Service, open_inference_pb2_grpc.GRPCInferenceServiceService
         if model_version not in ("", _VERSION):
             raise RequestError("NOT_FOUND", f"model_version={model_version!r} is not served; use {_VERSION!r} or none")
 
-    def _read(self, request: pb.ModelInferRequest) -> _Question:
+    async def _understood(self, request: pb.ModelInferRequest) -> _Question:
         """RequestError, naming the tensor or parameter, for what is wrong or not honoured."""
         arrival_time = time.monotonic()
         self._check_model(request.model_name, request.model_version)
-        refuse_unknown(request)
-        if len(request.id) > MAX_REQUEST_ID:
-            raise _invalid(f"id has {len(request.id)} characters; use at most {MAX_REQUEST_ID}")
-        inputs = _read_inputs(request)
-        if "text_input" not in inputs:
-            raise _invalid("text_input is missing; give a BYTES tensor of shape [1]")
-        is_streamed = bool(inputs.get("stream", False))
-        is_prefixed = not inputs.get("exclude_input_in_output", is_streamed)
-        if is_prefixed and is_streamed:
-            raise _invalid("exclude_input_in_output is false with stream true; leave it out, or stream false")
-        parameters, timeout = _read_parameters(request)
-        sampling = {**_read_json(inputs), **_no_twice(inputs, parameters)}
-        try:
-            sampling_params = SamplingParams(**{name: _number(name, value) for name, value in sampling.items()})
-        except ValueError as error:
-            raise _invalid(str(error)) from error
-        for name in ("return_logprobs", "return_cumulative_logprob"):
-            if inputs.get(name) and sampling_params.logprobs is None:
-                raise _invalid(f"{name} is true, but the sampling parameter logprobs is unset; set it to 0 or more")
-        ask = Ask(
-            prompt=inputs["text_input"],
-            sampling_params=sampling_params,
-            arrival_time=arrival_time,
-            model=request.model_name,
-            queue_time_limit=timeout,
-            name=request.id,
-        )
-        produced = [name for name in _OUTPUTS if name == "text_output" or inputs.get(f"return_{name}")]
-        prefix = inputs["text_input"] if is_prefixed else ""
-        return _Question(ask, is_streamed, prefix, _chosen_outputs(request, produced))
+        return await self.frontend.understand(request.ByteSize(), lambda: _read(request, arrival_time))
+
+
+def _read(request: pb.ModelInferRequest, arrival_time: float) -> _Question:
+    refuse_unknown(request)
+    if len(request.id) > MAX_REQUEST_ID:
+        raise _invalid(f"id has {len(request.id)} characters; use at most {MAX_REQUEST_ID}")
+    inputs = _read_inputs(request)
+    if "text_input" not in inputs:
+        raise _invalid("text_input is missing; give a BYTES tensor of shape [1]")
+    is_streamed = bool(inputs.get("stream", False))
+    is_prefixed = not inputs.get("exclude_input_in_output", is_streamed)
+    if is_prefixed and is_streamed:
+        raise _invalid("exclude_input_in_output is false with stream true; leave it out, or stream false")
+    parameters, timeout = _read_parameters(request)
+    sampling = {**_read_json(inputs), **_no_twice(inputs, parameters)}
+    try:
+        sampling_params = SamplingParams(**{name: _number(name, value) for name, value in sampling.items()})
+    except ValueError as error:
+        raise _invalid(str(error)) from error
+    for name in ("return_logprobs", "return_cumulative_logprob"):
+        if inputs.get(name) and sampling_params.logprobs is None:
+            raise _invalid(f"{name} is true, but the sampling parameter logprobs is unset; set it to 0 or more")
+    ask = Ask(
+        prompt=inputs["text_input"],
+        sampling_params=sampling_params,
+        arrival_time=arrival_time,
+        model=request.model_name,
+        queue_time_limit=timeout,
+        name=request.id,
+    )
+    produced = [name for name in _OUTPUTS if name == "text_output" or inputs.get(f"return_{name}")]
+    prefix = inputs["text_input"] if is_prefixed else ""
+    return _Question(ask, is_streamed, prefix, _chosen_outputs(request, produced))
 
 
 def _read_inputs(request: pb.ModelInferRequest) -> dict[str, Any]:
@@ -290,11 +295,9 @@ def _read_json(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if "sampling_parameters" not in inputs:
         return {}
     try:
-        given = json.loads(inputs["sampling_parameters"])
-    except (ValueError, RecursionError) as error:
-        raise _invalid(f"sampling_parameters is no JSON: {error}") from error
-    if not isinstance(given, dict):
-        raise _invalid('sampling_parameters must be a JSON object, such as {"max_tokens": 16}')
+        given = parse_object(inputs["sampling_parameters"].encode())
+    except BodyError as error:
+        raise _invalid(f"sampling_parameters: {error}") from error
     for name in given:
         if name not in _SAMPLING:
             raise _invalid(

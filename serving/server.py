@@ -23,6 +23,7 @@ from serving.health import Health
 from serving.http.app import HEALTH_PATHS, PAGE_PATHS, make_app
 from serving.http.gate import Gate
 from serving.http.listener import Listener
+from serving.logs import says_more_than_that_a_client_left
 from serving.metrics import Metrics
 from serving.open_inference import SERVICE as OPEN_INFERENCE
 from serving.open_inference import OpenInference
@@ -186,6 +187,7 @@ def settle() -> None:
 
 
 def _make_server(config: ServerConfig, refusals: Refusals) -> grpc.aio.Server:
+    logging.getLogger("grpc._cython.cygrpc").addFilter(says_more_than_that_a_client_left)
     checks = [] if config.tokens is None else [TokenCheck(config.tokens, config.health_is_open, refusals)]
     return grpc.aio.server(
         interceptors=[*checks, CallerNote(), MessageCheck(refusals)],

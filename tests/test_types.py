@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxinfer.types import MAX_LOGPROBS, SamplingParams, check_against_vocabulary
+from jaxinfer.types import MAX_LOGPROBS, MAX_TOKEN_IDS, SamplingParams, check_against_vocabulary
 
 
 def test_defaults_are_plain_sampling():
@@ -25,6 +25,7 @@ def test_defaults_are_plain_sampling():
         ("temperature", 100.5),
         ("temperature", "1"),
         ("temperature", True),
+        ("temperature", 10**400),
         ("temperature", None),
         ("temperature", 1j),
         ("top_k", -2),
@@ -61,6 +62,7 @@ def test_defaults_are_plain_sampling():
         ("stop_token_ids", 3),
         ("stop_token_ids", "12"),
         ("stop_token_ids", [1.0]),
+        ("stop_token_ids", [5] * (MAX_TOKEN_IDS + 1)),
         ("allowed_token_ids", []),
         ("allowed_token_ids", [True]),
         ("banned_token_ids", ["5"]),
@@ -68,6 +70,10 @@ def test_defaults_are_plain_sampling():
         ("logit_bias", {-1: 0.5}),
         ("logit_bias", {"a": 0.5}),
         ("logit_bias", {"-1": 0.5}),
+        ("logit_bias", {"05": 0.5, "5": 0.5}),
+        ("logit_bias", {"1" * 5000: 0.5}),
+        ("logit_bias", {3: 10**400}),
+        ("logit_bias", dict.fromkeys(range(MAX_TOKEN_IDS + 1), 0.5)),
         ("logit_bias", {3: float("nan")}),
         ("logit_bias", {3: 101.0}),
         ("ignore_eos", 1),

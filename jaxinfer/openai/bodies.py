@@ -17,6 +17,7 @@ Kind = Literal["completion", "chat"]
 
 URLS: dict[str, Kind] = {"/v1/completions": "completion", "/v1/chat/completions": "chat"}
 
+MAX_MESSAGES = 2**14
 SAMPLING_FIELDS = frozenset(f.name for f in fields(SamplingParams))
 _BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 _ID_LISTS = ("stop_token_ids", "allowed_token_ids", "banned_token_ids")
@@ -143,18 +144,10 @@ def read_sampling(values: dict[str, Any]) -> SamplingParams:
     for text in [stop] if isinstance(stop, str) else stop or ():
         if isinstance(text, str):
             check_text("stop", text)
-    if values.get("logit_bias") is not None:
-        values["logit_bias"] = _logit_bias(values["logit_bias"])
+    bias = values.get("logit_bias")
+    if bias is not None and not isinstance(bias, dict):
+        raise BodyError(f"logit_bias={bias!r} must be an object from token id to bias")
     return SamplingParams(**values)
-
-
-def _logit_bias(value: Any) -> dict[int, float]:
-    if not isinstance(value, dict):
-        raise BodyError(f"logit_bias={value!r} must be an object from token id to bias")
-    for key in value:
-        if not key.isascii() or not key.isdecimal():
-            raise BodyError(f"logit_bias key {key!r} is not a token id; use a whole number in quotes")
-    return {int(key): bias for key, bias in value.items()}
 
 
 def read_prompt(value: Any, name: str = "prompt") -> str | tuple[int, ...]:
@@ -181,6 +174,8 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
 def read_messages(value: Any) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, list) or not value:
         raise BodyError("messages must be an array of at least one message")
+    if len(value) > MAX_MESSAGES:
+        raise BodyError(f"messages has {len(value)} entries; use at most {MAX_MESSAGES}")
     return tuple(_message(f"messages[{index}]", message) for index, message in enumerate(value))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 
@@ -33,15 +34,14 @@ def parse_object(data: bytes) -> dict[str, Any]:
     except ValueError as error:  # a duplicate key, or a number of more digits than int() takes
         raise BodyError(str(error)) from None
     if not isinstance(value, dict):
-        raise BodyError(f'this must be a JSON object, not {_kind(value)}; write for example {{"prompt": "..."}}')
+        raise BodyError(f"this must be a JSON object, not {_kind(value)}; begin it with {{")
     return value
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise BodyError(f"the key {twice!r} is there twice; give each key once")
     return result
 

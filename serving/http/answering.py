@@ -13,12 +13,12 @@ from typing import Any
 from jaxinfer.openai.answers import chat_logprobs, completion_logprobs, finite, token_text, usage
 from jaxinfer.types import Logprob
 from serving.deltas import Delta, Prompt, SequenceDelta
-from serving.engine_loop import RequestStream
 from serving.errors import RequestError
 from serving.frontend import Frontend
 from serving.http.encoding import encode, event
 from serving.http.errors import ReaderStalled, error_object
 from serving.http.reading import Query
+from serving.request_stream import RequestStream
 
 log = logging.getLogger(__name__)
 
@@ -177,12 +177,6 @@ async def stream(frontend: Frontend, query: Query, write: Callable[[bytes], Awai
 
 
 async def _submit(frontend: Frontend, query: Query, stack: AsyncExitStack) -> list[RequestStream]:
-    most = frontend.admission.max_requests
-    with frontend.counting_refusals():
-        frontend.check_model(query.asks[0].model)
-        if len(query.asks) > most:
-            message = f"prompt holds {len(query.asks)} prompts, and this server takes {most}; send fewer at a time"
-            raise RequestError("INVALID_ARGUMENT", message)
     return [
         await stack.enter_async_context(await frontend.submit(ask, is_streamed=query.is_streamed)) for ask in query.asks
     ]

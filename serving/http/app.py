@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,8 +17,11 @@ from serving import metrics
 from serving.frontend import Frontend
 from serving.http import answering, reading
 from serving.http.encoding import encode
-from serving.http.receiving import read_object, while_connected
+from serving.http.receiving import read_body, while_connected
+from serving.settings import package_version
 from serving.tracing import note_caller
+
+_T = TypeVar("_T")
 
 PAGE_PATHS = frozenset({"/", "/page.js"})
 HEALTH_PATHS = frozenset({"/health"})
@@ -54,9 +56,12 @@ class _Generate:
         request, frontend = Request(scope, receive), self._frontend
         note_caller(request.headers.items())
         with frontend.counting_refusals():
-            limits = frontend.limits
-            body = await read_object(request, limits.max_message_bytes, limits.stall_seconds)
-            query = reading.read_query(self._kind, body, reading.read_request_id(request))
+            request_id = reading.read_request_id(request)
+            query = await _understood(
+                frontend,
+                request,
+                lambda body: reading.read_query(self._kind, body, request_id, frontend.admission.max_requests),
+            )
         answer = self._stream if query.is_streamed else self._whole
         await while_connected(receive, answer(query, scope, receive, send))
 
@@ -101,33 +106,29 @@ class _Endpoints:
         return _json(self._card())
 
     async def tokenize(self, request: Request) -> Response:
-        model, prompt, add_special_tokens = reading.read_tokenize(await self._object(request))
-        self._frontend.check_model(model)
-        token_ids = await self._frontend.token_ids(prompt, add_special_tokens)
+        with self._frontend.counting_refusals():
+            model, prompt, add_special_tokens = await _understood(self._frontend, request, reading.read_tokenize)
+            self._frontend.check_model(model)
+            token_ids = await self._frontend.token_ids(prompt, add_special_tokens)
         limit = self._frontend.facts.max_model_len
         return _json({"count": len(token_ids), "max_model_len": limit, "tokens": list(token_ids)})
 
     async def detokenize(self, request: Request) -> Response:
-        model, token_ids, skip_special_tokens = reading.read_detokenize(await self._object(request))
-        self._frontend.check_model(model)
-        return _json({"prompt": await self._frontend.text_of(token_ids, skip_special_tokens)})
+        with self._frontend.counting_refusals():
+            model, token_ids, skip_special_tokens = await _understood(self._frontend, request, reading.read_detokenize)
+            self._frontend.check_model(model)
+            text = await self._frontend.text_of(token_ids, skip_special_tokens)
+        return _json({"prompt": text})
 
     async def health(self, request: Request) -> Response:
         healthy = self._frontend.healthy
         return _json({"status": "serving" if healthy else "not serving"}, 200 if healthy else 503)
 
     async def version(self, request: Request) -> Response:
-        try:
-            return _json({"version": version("jaxinfer")})
-        except PackageNotFoundError:
-            return _json({"version": "not installed: run from its source"})
+        return _json({"version": package_version()})
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._counts.exposition(), headers={"content-type": metrics.CONTENT_TYPE})
-
-    async def _object(self, request: Request) -> dict[str, Any]:
-        limits = self._frontend.limits
-        return await read_object(request, limits.max_message_bytes, limits.stall_seconds)
 
     def _card(self) -> dict[str, Any]:
         facts = self._frontend.facts
@@ -138,6 +139,14 @@ class _Endpoints:
             "owned_by": "jaxinfer",
             "max_model_len": facts.max_model_len,
         }
+
+
+async def _understood(frontend: Frontend, request: Request, read: Callable[[bytes], _T]) -> _T:
+    """What `read` makes of the request's body; what is wrong with either is raised."""
+    limits = frontend.limits
+    body = await read_body(request, limits.max_message_bytes, limits.stall_seconds)
+    frontend.check_model(None)
+    return await frontend.understand(len(body), lambda: read(body))
 
 
 _PAGE = (("/", "page.html", "text/html; charset=utf-8"), ("/page.js", "page.js", "text/javascript; charset=utf-8"))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -48,7 +49,7 @@ class Listener:
         self.host, self.port = host, port
         config = uvicorn.Config(
             app,
-            http=partial(_Protocol, patience, max_connections),  # pyright: ignore[reportArgumentType]
+            http=partial(_Protocol, patience),  # pyright: ignore[reportArgumentType]
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -62,13 +63,14 @@ class Listener:
         config.load()
         config.ssl = context
         logging.getLogger("uvicorn").setLevel(logging.ERROR)  # clients that speak no HTTP are no news
+        self._max_connections = max_connections
         self._server = _Uvicorn(config)
         self._serving: asyncio.Task[None] | None = None
 
     async def listen(self) -> None:
         """Take the port. ValueError, in one line, where that cannot be."""
         try:
-            sockets = _bound(self.host, self.port)
+            sockets = _bound(self.host, self.port, lambda: 2 * self._max_connections())
         except OSError as error:
             where = f"{self.host} port {self.port}"
             raise ValueError(
@@ -99,18 +101,15 @@ class Listener:
 class _Protocol(H11Protocol):
     """uvicorn's, with an end for connections that bring no request and for answers' ends that nobody reads."""
 
-    def __init__(self, patience: float, max_connections: Callable[[], int], **of_uvicorn: Any) -> None:
+    def __init__(self, patience: float, **of_uvicorn: Any) -> None:
         super().__init__(**of_uvicorn)
         self._patience = patience
-        self._max_connections = max_connections
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=_SEND_BUFFER)
         self.app_state = {**self.app_state, ABORT: transport.abort, NUM_CONNECTIONS: self.connections.__len__}
         self._timer = self.loop.call_later(self._patience, self._cut_if_idle)
-        if len(self.connections) > 2 * self._max_connections():
-            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
@@ -126,13 +125,36 @@ class _Protocol(H11Protocol):
             self.transport.abort()
 
 
-def _bound(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address of the host, all on one port."""
+class _Door(socket.socket):
+    """A listening socket that cuts what comes while `most` connections are open, those in TLS's handshake among them.
+
+    connections: those that were accepted, by all sockets of the port.
+    """
+
+    def __init__(self, kind: Any, connections: WeakSet[socket.socket], most: Callable[[], int]) -> None:
+        super().__init__(*kind)
+        self._connections = connections
+        self._most = most
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Called by asyncio, for which ConnectionAbortedError is a client that left early."""
+        connection, address = super().accept()
+        most = self._most()
+        if len(self._connections) >= most and sum(known.fileno() >= 0 for known in self._connections) >= most:
+            connection.close()
+            raise ConnectionAbortedError
+        self._connections.add(connection)
+        return connection, address
+
+
+def _bound(host: str, port: int, most: Callable[[], int]) -> list[socket.socket]:
+    """A socket for each address of the host, all on one port, which take so many connections at a time."""
     infos = list(dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)))
     sockets: list[socket.socket] = []
+    connections: WeakSet[socket.socket] = WeakSet()
     try:
         for family, kind, protocol, _, address in infos:
-            one = socket.socket(family, kind, protocol)
+            one = _Door((family, kind, protocol), connections, most)
             sockets.append(one)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)

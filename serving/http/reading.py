@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from jaxinfer.openai.bodies import SAMPLING_FIELDS, Kind, check_text, read_body, read_messages, refuse_unknown
+from jaxinfer.openai.objects import parse_object
 from serving.conversation import Conversation, check_variables
 from serving.errors import RequestError
 from serving.frontend import Ask
@@ -82,13 +83,13 @@ def read_request_id(request: Request) -> str:
     return uuid.uuid4().hex if given is None else understood(lambda: _name("x-request-id", given))
 
 
-def read_query(kind: Kind, body: Mapping[str, Any], request_id: str) -> Query:
+def read_query(kind: Kind, body: bytes, request_id: str, max_prompts: int) -> Query:
     """RequestError, naming the field, for what is wrong in itself and for what would be ignored."""
-    return understood(lambda: _read_query(kind, body, request_id))
-
-
-def _read_query(kind: Kind, body: Mapping[str, Any], request_id: str) -> Query:
     arrival_time = time.monotonic()
+    return understood(lambda: _read_query(kind, parse_object(body), request_id, max_prompts, arrival_time))
+
+
+def _read_query(kind: Kind, body: Mapping[str, Any], request_id: str, max_prompts: int, arrival_time: float) -> Query:
     read = read_body(kind, body, where="here", own=_OWN | (_CHAT_OWN if kind == "chat" else _COMPLETION_OWN))
     own = read.own
     is_streamed, options = _boolean(own, "stream"), _stream_options(own)
@@ -97,6 +98,10 @@ def _read_query(kind: Kind, body: Mapping[str, Any], request_id: str) -> Query:
     if echo and not return_prompt_logprobs:
         params = replace(params, prompt_logprobs=params.logprobs)  # what is echoed is scored as what follows it
     prompts: tuple[str | tuple[int, ...] | Conversation, ...] = read.prompts
+    if len(prompts) > max_prompts:
+        raise ValueError(
+            f"prompt holds {len(prompts)} prompts, and this server takes {max_prompts}; send fewer at a time"
+        )
     if kind == "chat":
         if _boolean(own, "add_special_tokens"):
             raise ValueError("add_special_tokens=True is not served for chat; the template adds its own")
@@ -136,14 +141,14 @@ def model_of(body: Mapping[str, Any]) -> str | None:
     return model
 
 
-def read_tokenize(body: Mapping[str, Any]) -> tuple[str | None, str | Conversation, bool]:
+def read_tokenize(body: bytes) -> tuple[str | None, str | Conversation, bool]:
     """The body of /tokenize: model, text or conversation, whether to add special tokens."""
 
     def read() -> tuple[str | None, str | Conversation, bool]:
+        given = _given(body)
         chat = {"messages", "chat_template_kwargs", *_CHAT_OWN}
-        given = {key: item for key, item in body.items() if item is not None}
-        own = chat if "messages" in given else {"prompt"}
-        refuse_unknown(given.keys() - own - {"model", "add_special_tokens"}, "the body of /tokenize", own)
+        own = {"model", "add_special_tokens"} | (chat if "messages" in given else {"prompt"})
+        refuse_unknown(given.keys() - own, "the body of /tokenize", own)
         if "messages" in given:
             if _boolean(given, "add_special_tokens"):
                 raise ValueError("add_special_tokens=True is not served for chat; the template adds its own")
@@ -159,17 +164,23 @@ def read_tokenize(body: Mapping[str, Any]) -> tuple[str | None, str | Conversati
     return understood(read)
 
 
-def read_detokenize(body: Mapping[str, Any]) -> tuple[str | None, tuple[int, ...], bool]:
+def read_detokenize(body: bytes) -> tuple[str | None, tuple[int, ...], bool]:
     """The body of /detokenize: model, token ids, whether to leave special tokens out."""
 
     def read() -> tuple[str | None, tuple[int, ...], bool]:
-        refuse_unknown(body.keys() - {"model", "tokens", "skip_special_tokens"}, "the body of /detokenize", ("tokens",))
-        tokens = body.get("tokens")
+        given, own = _given(body), {"model", "tokens", "skip_special_tokens"}
+        refuse_unknown(given.keys() - own, "the body of /detokenize", own)
+        tokens = given.get("tokens")
         if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
             raise ValueError("tokens must be an array of token ids")
-        return model_of(body), tuple(tokens), _boolean(body, "skip_special_tokens")
+        return model_of(given), tuple(tokens), _boolean(given, "skip_special_tokens")
 
     return understood(read)
+
+
+def _given(body: bytes) -> dict[str, Any]:
+    """The fields that are set; null means "not set"."""
+    return {key: item for key, item in parse_object(body).items() if item is not None}
 
 
 def _conversation(messages: Any, arguments: Mapping[str, Any], own: Mapping[str, Any]) -> Conversation:

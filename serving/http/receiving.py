@@ -10,15 +10,13 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from jaxinfer.openai.objects import BodyError, parse_object
-from serving.errors import RequestError
 from serving.http.errors import HttpError
 
 _DISCARD_BYTES, _DISCARD_SECONDS = 32 * 2**20, 1.0
 
 
-async def read_object(request: Request, max_bytes: int, patience: float) -> dict[str, Any]:
-    """The request's JSON object. HttpError for what is not JSON, too large, or comes too slowly (seconds a piece)."""
+async def read_body(request: Request, max_bytes: int, patience: float) -> bytes:
+    """The request's body. HttpError for what is not JSON, too large, or comes too slowly (seconds a piece)."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     # Also a matter of security: no page of another site can send this type here without asking first.
     if media != "application/json":
@@ -45,10 +43,7 @@ async def read_object(request: Request, max_bytes: int, patience: float) -> dict
         if len(body) > max_bytes:
             too_large.is_unread = has_more
             raise too_large
-    try:
-        return parse_object(bytes(body))
-    except BodyError as error:
-        raise RequestError("INVALID_ARGUMENT", str(error)) from error
+    return bytes(body)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

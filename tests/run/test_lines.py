@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from jaxinfer.batchjob.lines import InputFile, JobError, Line
 from jaxinfer.batchjob.records import encode, failure_record, identity
 from jaxinfer.batchjob.requests import Failure, Work, line_seed, read_work
+from jaxinfer.openai.objects import BodyError, parse_object
 
 
 def read(value: Any, defaults: dict[str, Any] | None = None, seed: int = 0) -> Work | Failure:
@@ -124,7 +126,7 @@ BAD = [
     (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "digits"),
     (b'{"prompt": "a", "temperature": NaN}', "NaN is not a finite number"),
     (b'{"id": 1e400}', "1e400 is not a finite number"),
-    (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "too large"),
+    (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "temperature=10* must be a finite number"),
     (b'{"prompt": "\\ud800"}', "surrogate"),
     (b'{"prompt": "a", "stop": "\\ud800"}', "surrogate"),
     ({}, '"prompt" is missing'),
@@ -147,7 +149,7 @@ BAD = [
     ({"prompt": "a", "ignore_eos": "yes"}, "ignore_eos='yes' must be true or false"),
     ({"prompt": "a", "ignore_eos": None}, "ignore_eos=None must be true or false"),
     ({"prompt": "a", "logit_bias": [1]}, "logit_bias=.* must be an object"),
-    ({"prompt": "a", "logit_bias": {"a": 1}}, "'a' is not a token id"),
+    ({"prompt": "a", "logit_bias": {"a": 1}}, "logit_bias key='a' must be a whole number"),
     ({"prompt": "a", "logprobs": True}, "logprobs=True"),
     ({"prompt": "a", "logprobs": 21}, "logprobs=21"),
     ({"prompt": "a", "min_tokens": 5, "max_tokens": 2}, "lower min_tokens"),
@@ -159,6 +161,7 @@ BAD = [
     ({**chat(), "url": ["x"]}, "url="),
     ({"custom_id": "c", "url": "/v1/completions"}, "body must be"),
     (chat(messages=[]), "at least one message"),
+    (chat(messages=[{}] * 20000), "messages has 20000 entries; use at most 16384"),
     (chat(messages="hi"), "messages must be an array"),
     (chat(messages=["hi"]), r"messages\[0\] must be an object"),
     (chat(messages=[{"role": "user"}]), r"messages\[0\].content must be text"),
@@ -193,6 +196,14 @@ def test_bad_lines_say_what_is_wrong(line: Any, message: str) -> None:
     record = failure_record(result)
     assert identity(json.loads(encode(record))) == (7, "0123456789abcdef", True)
     assert "line 7: " in json.dumps(record)
+
+
+def test_a_key_given_twice_among_many_is_found_at_once() -> None:
+    keys = ",".join(f'"{number}":1' for number in range(20000))
+    started = time.perf_counter()
+    with pytest.raises(BodyError, match="'z' is there twice"):
+        parse_object(f'{{{keys},"z":1,"z":2}}'.encode())
+    assert time.perf_counter() - started < 1
 
 
 json_values = st.recursive(

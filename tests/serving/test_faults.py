@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from jaxinfer.engine import Engine
 from jaxinfer.llm import LLM
 from jaxinfer.types import SamplingParams
+from serving.calls import Service
 from serving.client import AsyncClient, make_request
 from serving.generated import inference_pb2 as pb
 from serving.generated import inference_pb2_grpc
@@ -80,6 +81,23 @@ def test_leaving_many_ends_all_its_items(engine: Engine, monkeypatch: pytest.Mon
             brake.let(3)
             await until(lambda: server.frontend.admission.num_requests == 0)
             brake.release()
+
+    run(scenario())
+
+
+def test_a_call_that_was_over_before_its_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC may say so in a write, before it cancels what answers the call: nobody's defect, and nothing stays."""
+
+    async def over(self: Service, context: Any, message: Any) -> None:
+        raise grpc.aio.InternalError("execute_batch")
+
+    async def scenario() -> None:
+        async with connected(engine) as (server, client):
+            with monkeypatch.context() as patch:
+                patch.setattr(Service, "write", over)
+                call = client._inference.GenerateStream(make_request(PROMPT, max_tokens=60))
+                await refused(_read_all(call), "ABORTED", "over")
+            await until(lambda: server.frontend.admission.num_requests == 0)
 
     run(scenario())
 

@@ -12,6 +12,7 @@ from grpc.aio import EOF
 from jaxinfer.engine import Engine
 from jaxinfer.llm import LLM
 from jaxinfer.types import RequestOutput, SamplingParams
+from serving import engine_loop
 from serving.client import Client, Failure, Generation, make_request
 from serving.generated import inference_pb2 as pb
 from tests.e2e.harness import EOS
@@ -261,6 +262,24 @@ def test_plain_client(llm: LLM) -> None:
             await asyncio.to_thread(work)
 
     run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugins", "libtpu", "expected"),
+    [
+        ("cpu", ["cuda"], None, True),
+        ("cuda,cpu", [], None, False),
+        (None, [], None, True),
+        (None, ["cuda"], None, False),
+        (None, [], object(), False),
+    ],
+)
+def test_an_accelerators_thread_comes_after_nobody(
+    platforms: str | None, plugins: list[str], libtpu: object, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_loop, "entry_points", lambda group: plugins)
+    monkeypatch.setattr(engine_loop, "find_spec", lambda name: libtpu)
+    assert engine_loop.has_cpu_only(platforms) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")

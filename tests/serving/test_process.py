@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import grpc
 import httpx
 import pytest
 
+from serving.__main__ import allow_files
 from serving.client import Client, Generation
 from serving.generated import control_pb2, control_pb2_grpc
 from tests.serving.process import ServerProcess
@@ -77,6 +79,20 @@ def test_sigterm_drains_http_too(flags: list[str]) -> None:
         assert server.end() == 0, server.lines
         (line,) = [found for found in map(json.loads, server.lines) if found["message"] == "request"]
         assert (line["request_id"], line["completion_tokens"], line["finish"]) == ("mine", 400, "length")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_many_connections_may_be_open() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8192 if before[1] == resource.RLIM_INFINITY else min(8192, before[1])
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
+        allow_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_model_that_is_none_is_one_line(tmp_path: Path) -> None:

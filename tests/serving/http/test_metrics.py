@@ -21,7 +21,7 @@ from serving.metrics import _TIME_BOUNDS, _TOKEN_BOUNDS, _cumulative
 from serving.refusals import Refusals
 from serving.security import Tokens
 from serving.settings import Limits
-from tests.serving.harness import address, refused, run
+from tests.serving.harness import address, refused, run, serving
 from tests.serving.http.harness import GREEDY, http_serving
 
 DASHBOARD = Path(__file__).parents[3] / "examples" / "grafana.json"
@@ -154,6 +154,8 @@ def test_what_is_refused_is_counted_and_logged(engine: Engine, caplog: pytest.Lo
             assert (await web.post("/v1/completions", content=b" " * 2000, headers=media)).status_code == 413
             assert (await web.post("/tokenize", content=b"x")).status_code == 415
             assert (await web.post("/v1/completions", json={"prompt": 5})).status_code == 400
+            assert (await web.post("/tokenize", json={"prompt": 5})).status_code == 400
+            assert (await web.post("/detokenize", json={"tokens": [5], "skip_special_tokens": None})).status_code == 200
             unreadable = rpc._channel.unary_unary("/jaxinfer.v1.Inference/Generate")
             await refused(
                 unreadable(b"\xff", metadata=[("authorization", f"Bearer {good}")]),
@@ -161,7 +163,7 @@ def test_what_is_refused_is_counted_and_logged(engine: Engine, caplog: pytest.Lo
                 "cannot be read",
             )
             counts = (await _samples(web))["jaxinfer_requests_rejected_total"]
-            reasons = {"unauthenticated": 4, "body_too_large": 1, "unsupported_media_type": 1, "invalid_argument": 2}
+            reasons = {"unauthenticated": 4, "body_too_large": 1, "unsupported_media_type": 1, "invalid_argument": 3}
             assert counts == {(reason,): count for reason, count in reasons.items()}
 
     with caplog.at_level(logging.INFO, logger="serving"):
@@ -221,3 +223,16 @@ def test_a_line_for_each_request(engine: Engine, caplog: pytest.LogCaptureFixtur
     assert line["message"] == "request"
     assert (line["request_id"], line["level"]) == ("web-1", "INFO")
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
+
+
+def test_a_client_that_left_is_no_error(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """gRPC calls it one when it answers a call that is gone."""
+    grpcs = logging.getLogger("grpc._cython.cygrpc")
+
+    async def scenario() -> None:
+        async with serving(engine):
+            grpcs.error("ExecuteBatchError raised in core by servicer method [/jaxinfer.v1.Inference/Generate]")
+            grpcs.warning("what else it says")
+
+    run(scenario())
+    assert [record.message for record in caplog.records if record.name == grpcs.name] == ["what else it says"]

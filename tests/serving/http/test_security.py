@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import pytest
 import trustme
 
 from jaxinfer.engine import Engine
+from serving import messages
 from serving.__main__ import main
+from serving.client import AsyncClient
+from serving.http import reading
 from serving.security import TlsFiles, Tokens
 from serving.settings import Limits
-from tests.serving.harness import run, until
+from tests.serving.harness import address, run, until
 from tests.serving.http.harness import http_serving, url
 
 GOOD, OTHER = "a-token-of-some-length", "another-token-of-length"
@@ -126,6 +130,34 @@ def test_size_of_bodies(engine: Engine) -> None:
     run(scenario())
 
 
+def test_a_large_message_keeps_nobody_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is understood, which takes as long as this test likes, others are answered."""
+    has_begun, is_allowed = threading.Event(), threading.Event()
+
+    def held(read: Any) -> Any:
+        def wait(message: Any) -> Any:
+            has_begun.set()
+            assert is_allowed.wait(20)
+            return read(message)
+
+        return wait
+
+    async def scenario() -> None:
+        async with http_serving(engine) as (server, web), AsyncClient(address(server)) as rpc:
+            monkeypatch.setattr(reading, "parse_object", held(reading.parse_object))
+            monkeypatch.setattr(messages, "read_ask", held(messages.read_ask))
+            large = asyncio.create_task(web.post("/v1/completions", json={**BODY, "user": "u" * 100_000}))
+            await until(has_begun.is_set)
+            other = asyncio.create_task(rpc.generate("x", cache_salt="s" * 100_000, max_tokens=1))
+            assert (await web.get("/health")).status_code == 200
+            assert len(await rpc.models()) == 1
+            is_allowed.set()
+            assert (await large).status_code == 200
+            assert (await other).completions[0].finish_reason == "length"
+
+    run(scenario())
+
+
 def test_too_many_connections(engine: Engine) -> None:
     """One too many is told so, many too many are cut, and health is answered on any; once some close, all is well."""
 
@@ -145,6 +177,27 @@ def test_too_many_connections(engine: Engine) -> None:
                 writer.close()
             await until(lambda: len(server.http._server.server_state.connections) < 2)
             assert (await client.get("/v1/models")).status_code == 200
+
+    run(scenario())
+
+
+def test_connections_in_the_handshake_are_counted(engine: Engine, tmp_path: Path) -> None:
+    leaf = trustme.CA().issue_cert("localhost")
+    leaf.private_key_pem.write_to_path(tmp_path / "key.pem")
+    leaf.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+
+    async def scenario() -> None:
+        tls = TlsFiles(str(tmp_path / "cert.pem"), str(tmp_path / "key.pem"))
+        async with http_serving(engine, Limits(max_connections=2), tls=tls) as (server, _):
+            assert server.http is not None
+            silent = [await asyncio.open_connection("localhost", server.http.port) for _ in range(4)]
+            reader, writer = await asyncio.open_connection("localhost", server.http.port)
+            assert await reader.read() == b""
+            for _, one in (*silent, (reader, writer)):
+                one.close()
+            patient = httpx.AsyncHTTPTransport(verify=False, retries=5)
+            async with httpx.AsyncClient(base_url=url(server), transport=patient) as client:
+                assert (await client.get("/health")).status_code == 200
 
     run(scenario())
 
