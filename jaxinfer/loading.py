@@ -20,6 +20,7 @@ from jaxinfer.checkpoint.load import aligned_empty, load_params
 from jaxinfer.checkpoint.orbax import is_orbax, load_orbax
 from jaxinfer.checkpoint.packed import open_checkpoint
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.flash import flash
 from jaxinfer.models.fused import fuse, unfuse
 from jaxinfer.models.layout import check_layout, check_memory
 from jaxinfer.models.model import Model, Params
@@ -58,9 +59,13 @@ class LoadedModel:
         return self.model.config
 
     def forward(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """tokens int32 [T] or [batch, T] -> float32 logits [..., T, V]; pure."""
+        """tokens int32 [T] or [batch, T] -> float32 logits [..., T, V]; pure.
+
+        Attention goes by blocks (flash attention), and has gradients in reverse mode alone, once: no `jvp`, no Hessian;
+        `self.model.forward` has all of these, and the logits of all pairs of tokens in memory.
+        """
         self._check_one_program()
-        return self.model.forward(params, tokens)
+        return self.model.forward(params, tokens, mix=flash(self.mesh))
 
     def make_cache(
         self,

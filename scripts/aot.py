@@ -4,8 +4,8 @@
     python scripts/aot.py --chips v5e h100 --cases Llama
     python scripts/aot.py --quick               # a few cases on one chip of each kind
 
-XLA's compilers are in the libtpu package and in JAX's CUDA plugin, and need no device. For every attention case of
-real models and every chip this prints the scratch memory (TPU: VMEM) or shared memory, registers and spills (GPU), and
+XLA's compilers are in the libtpu package and in JAX's CUDA plugin, and need no device. For every case of real models
+and every chip this prints the scratch memory (TPU: VMEM) or shared memory, registers and spills (GPU), and
 checks for paged attention that the pool is updated in place: the bytes aliased are the pool's, and the program copies
 nothing of its shape. Exits with 1 if anything fails.
 """
@@ -46,6 +46,9 @@ from pallas_kernels.flash_attention import tpu as flash_tpu
 from pallas_kernels.paged_attention import gpu, gpu_layout, tpu
 from pallas_kernels.paged_attention.cases import CASES, ModelCase
 from pallas_kernels.paged_attention.quantized import QuantizedPool
+from pallas_kernels.quantized_matmul import tpu as product_tpu
+from pallas_kernels.quantized_matmul.cases import CASES as PRODUCTS
+from pallas_kernels.quantized_matmul.cases import ProductCase
 
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}
 # Bytes a second and bytes of memory; the rest of a Hopper chip is the same.
@@ -65,8 +68,15 @@ device_description_str: "{}"
 STEPS = ((256, 64, 128), (1, 8, 512))
 NUM_PAGES = 8192
 FLASH_TOKENS = (2048, 20)
+PRODUCT_ROWS = (1, product_tpu.MAX_ROWS)
 QUICK_CHIPS = ("v6e", "h100")
-QUICK_CASES = ("Llama 3.1 8B", "Gemma 2 9B, window", "gpt-oss 20B, window", "Llama 3.1 8B, int8 cache")
+QUICK_CASES = (
+    "Llama 3.1 8B",
+    "Gemma 2 9B, window",
+    "gpt-oss 20B, window",
+    "Llama 3.1 8B, int8 cache",
+    "Llama 3.1 8B, down",
+)
 
 
 @dataclass(frozen=True)
@@ -108,9 +118,8 @@ def paged(kernel: Any, case: ModelCase, step: tuple[int, int, int], writes: bool
     ) -> Any:
         k, v = kv or (None, None)
         if kernel is gpu:
-            return gpu.paged_attention(
-                case, q, k, v, pool, gpu.prepare(case, num_tokens, table, starts, lengths), sinks
-            )
+            batch = gpu.prepare(case, num_tokens, table, starts, lengths, place)
+            return gpu.paged_attention(case, q, k, v, pool, batch, sinks)
         rows = tpu.prepare(table, starts, lengths, context=case.context, place=place)
         return tpu.paged_attention(case, q, k, v, pool, rows, count, sinks)
 
@@ -155,6 +164,16 @@ def flash(kernel: Any, name: str, case: flash_cases.FlashCase, num_tokens: int) 
     return Program(f"flash, {name}, {num_tokens} tokens", lambda mesh: compiled(mesh, attention, arguments))
 
 
+def product(name: str, case: ProductCase, num_rows: int) -> Program:
+    arguments = (
+        jax.ShapeDtypeStruct((num_rows, case.num_in), jnp.dtype(case.dtype)),
+        jax.ShapeDtypeStruct((case.num_out, case.num_in), jnp.int4),
+        jax.ShapeDtypeStruct((case.num_out, case.num_groups), jnp.dtype(case.dtype)),
+    )
+    label = f"int4 product, {name}, {num_rows} rows"
+    return Program(label, lambda mesh: compiled(mesh, product_tpu.quantized_matmul, arguments))
+
+
 def programs(chip: str, wanted: Callable[[str], bool]) -> list[Program]:
     cases = [case for case in CASES if wanted(case.name)]
     named = [(name, case) for name, case in flash_cases.CASES.items() if wanted(name)]
@@ -166,7 +185,9 @@ def programs(chip: str, wanted: Callable[[str], bool]) -> list[Program]:
     found = [paged(tpu, case, STEPS[0]) for case in cases]
     if cases:
         found += [paged(tpu, cases[0], STEPS[1]), paged(tpu, cases[0], STEPS[0], writes=False)]
-    return found + [flash(flash_tpu, name, case, tokens) for name, case in named for tokens in FLASH_TOKENS]
+    found += [flash(flash_tpu, name, case, tokens) for name, case in named for tokens in FLASH_TOKENS]
+    products = [(name, case) for name, case in PRODUCTS.items() if wanted(name)]
+    return found + [product(name, case, rows) for name, case in products for rows in PRODUCT_ROWS]
 
 
 @contextlib.contextmanager
@@ -249,7 +270,7 @@ def main() -> int:
     def wanted(name: str) -> bool:
         return arguments.cases in name and (not arguments.quick or name in QUICK_CASES)
 
-    names = [case.name for case in CASES] + list(flash_cases.CASES)
+    names = [case.name for case in CASES] + list(flash_cases.CASES) + list(PRODUCTS)
     if not any(map(wanted, names)):
         parser.error(f"no case is called {arguments.cases!r}; there are: {', '.join(dict.fromkeys(names))}")
     chips = arguments.chips or (QUICK_CHIPS if arguments.quick else [*TPUS, *GPUS])

@@ -1,9 +1,10 @@
-"""What compilers for TPUs and GPUs make of products with quantized weights: is a 16-bit copy of a weight ever made?
+"""What XLA makes of products with quantized weights on TPUs and GPUs: is a 16-bit copy of a weight ever made?
 
     python scripts/aot_quantized.py --chips v6e h100      # default: all; needs what `make aot` installs
 
 Prints for each chip, number of rows and kind of weight the bytes that the program is given and its temporaries, and on
-TPUs the compiler's estimate of its cycles once operands are in scratch memory. Nothing runs.
+TPUs the compiler's estimate of its cycles once operands are in scratch memory. Nothing runs. For the kernel that takes
+XLA's place on TPUs see `make aot`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import jax.numpy as jnp
 
 from jaxinfer.ops.grouped_matmul import grouped_matmul
 from jaxinfer.ops.matmul import matmul
-from jaxinfer.ops.quantized_matmul import Quantized, quantized_matmul
+from jaxinfer.ops.quantized_matmul import BACKENDS, Quantized
 
 WIDTH, OUT, GROUP = 4096, 14336, 128  # the feed-forward of Llama 3.1 8B
 EXPERTS = 32
 ROWS = (1, 8, 256, 2048)
+(XLA,) = (backend for backend in BACKENDS if backend.name == "xla")
 
 array = jax.ShapeDtypeStruct
 
@@ -41,7 +43,7 @@ def weights(shape: tuple[int, ...], axis: int) -> dict[str, Any]:
 
 
 def product(x: Any, weight: Any) -> Any:
-    return quantized_matmul(x, weight) if isinstance(weight, Quantized) else matmul(x, weight)
+    return XLA.run(x, weight) if isinstance(weight, Quantized) else matmul(x, weight)
 
 
 def report(label: str, compiled: Any) -> None:

@@ -17,7 +17,7 @@ from jaxinfer.layers.parameters import Parameters
 from jaxinfer.layers.rotary import Rotation, rotation
 from jaxinfer.models.config import LayerConfig, ModelConfig
 from jaxinfer.models.decoder import DecoderLayer, Ends
-from jaxinfer.models.dense import dense_attend
+from jaxinfer.models.dense import Mix, attend_whole, dense
 
 Params = dict[str, Any]
 
@@ -142,23 +142,19 @@ class Model:
             x, cache, _ = self.layer(index, params["layers"][str(index)], x, stream.rotations, own, attend, cache)
         return self.end(params, x), cache
 
-    def forward(self, params: Params, tokens: jax.Array, context_len: int | None = None) -> jax.Array:
+    def forward(self, params: Params, tokens: jax.Array, context_len: int | None = None, mix: Mix = dense) -> jax.Array:
         """Logits of whole sequences, without a cache.
 
         tokens int32 [T] or [batch, T] -> float32 [..., T, V]. `context_len` defaults to T, as transformers chooses
-        the frequencies of length-dependent rope scalings.
+        the frequencies of length-dependent rope scalings. mix: how tokens attend to each other.
         """
-        if tokens.ndim == 2:
-            one: Callable[[jax.Array], jax.Array] = lambda row: self.forward(params, row, context_len)  # noqa: E731
-            with_experts = any(layer.experts is not None for layer in self.config.layers)
-            return jax.lax.map(one, tokens) if with_experts else jax.vmap(one)(tokens)  # ragged_dot has no vmap
-        if tokens.ndim != 1:
-            raise ValueError(f"tokens has shape {tokens.shape}; give [T] or [batch, T]")
-        length = tokens.shape[0]
-        positions = jnp.arange(length, dtype=jnp.int32)
-        attend = dense_attend(self.config)
-        hidden, _ = self.hidden(params, tokens, positions, attend, {}, context_len=context_len or length)
-        return self.logits(params, hidden)
+        if tokens.ndim not in (1, 2) or not tokens.size:
+            raise ValueError(f"tokens has shape {tokens.shape}; give [T] or [batch, T], both at least 1")
+        batch, length = tokens.size // tokens.shape[-1], tokens.shape[-1]
+        positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
+        attend = attend_whole(self.config, batch, mix)
+        hidden, _ = self.hidden(params, tokens.reshape(-1), positions, attend, {}, context_len=context_len or length)
+        return self.logits(params, hidden).reshape(*tokens.shape, -1)
 
     def _bind_ends(self, params: Params) -> Ends:
         """Of parameters that are not among `params`, as a stage has only those that it reads, there are but shapes."""

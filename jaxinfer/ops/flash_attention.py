@@ -1,4 +1,4 @@
-"""Flash attention over whole sequences: the table of backends, chosen once, at start-up, with reasons.
+"""Flash attention over whole sequences: the table of backends, of which a program takes one when it is traced.
 
 The contract, and the meaning of the arguments, is `pallas_kernels.flash_attention.reference.flash_attention`'s. The
 log-sum-exp that all return lets partial results be merged: `pallas_kernels.merge_attention`.
@@ -6,35 +6,22 @@ log-sum-exp that all return lets partial results be merged: `pallas_kernels.merg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import Mesh, PartitionSpec
 
+from jaxinfer.ops.backends import Backend, choose, chosen
+from jaxinfer.sharding.spmd import SHARDS
 from pallas_kernels.flash_attention import reference, xla
+from pallas_kernels.flash_attention.backward import gradients
 from pallas_kernels.flash_attention.cases import FlashCase
 
-__all__ = ["BACKENDS", "Backend", "FlashCase", "choose_backend"]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation: on which platform it runs (None: any), what it cannot serve and why, and the attention.
-
-    only_asked: None, or why it is not chosen unless it is named.
-    """
-
-    name: str
-    platform: str | None
-    supports: Callable[[FlashCase], str | None]
-    run: Callable[..., tuple[jax.Array, jax.Array]]
-    only_asked: str | None = None
-
-    def refuses(self, case: FlashCase, platform: str) -> str | None:
-        if self.platform not in (None, platform):
-            return f"the platform is {platform}, not {self.platform}"
-        return self.supports(case)
+__all__ = ["BACKENDS", "Backend", "FlashCase", "attend", "choose_backend"]
 
 
 # Pallas is imported where it is used, since a process on another platform need not load it.
@@ -65,7 +52,7 @@ def _gpu_run(case: FlashCase, *arrays: jax.Array, **options: Any) -> tuple[jax.A
 _NEVER_RUN = "it was simulated and compiled, but has never run on a GPU; name it to try"
 
 # Best first; "xla" serves every sound case.
-BACKENDS: tuple[Backend, ...] = (
+BACKENDS: tuple[Backend[FlashCase], ...] = (
     Backend("pallas_tpu", "tpu", _tpu_supports, _tpu_run),
     Backend("pallas_gpu", "gpu", _gpu_supports, _gpu_run, _NEVER_RUN),
     Backend("xla", None, xla.supports, xla.flash_attention),
@@ -74,18 +61,48 @@ BACKENDS: tuple[Backend, ...] = (
 
 
 def choose_backend(case: FlashCase, platform: str, forced: str | None = None) -> tuple[Backend, dict[str, str]]:
-    """The first backend that serves the case on a platform ("cpu", "gpu" or "tpu") or the forced one; why not others.
+    """See backends.choose."""
+    return choose("flash attention", BACKENDS, case, platform, forced)
 
-    Raises ValueError for an unknown name, a forced backend that cannot serve the case, and a case that is unsound.
+
+def attend(case: FlashCase, q: jax.Array, k: jax.Array, v: jax.Array, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """Attention of whole sequences in a program on the mesh, of which XLA cuts the arrays as it likes.
+
+    q [batch, T, N, H], k [batch, T, K, H], v [batch, T, K, value_dim]; returns what reference.flash_attention does.
+    Gradients in reverse mode are XLA's, whichever backend is chosen; there are no others.
     """
-    names = ", ".join(backend.name for backend in BACKENDS)
-    candidates = [backend for backend in BACKENDS if forced in (None, backend.name)]
-    if not candidates:
-        raise ValueError(f"flash attention backend {forced!r} is unknown; choose one of: {names}")
-    refusals: dict[str, str] = {}
-    for backend in candidates:
-        reason = backend.refuses(case, platform) or (backend.only_asked if forced is None else None)
-        if reason is None:
-            return backend, refusals
-        refusals[backend.name] = reason
-    raise ValueError(f"no flash attention backend of {', '.join(refusals)} serves {case}: {refusals}")
+    backend = chosen("flash attention", BACKENDS, case, mesh.devices.flat[0].platform)
+    is_kernel = backend.platform is not None and mesh.size > 1
+    return _differentiable(partial(_by_heads, backend, mesh) if is_kernel else backend.run, case, q, k, v)
+
+
+def _by_heads(
+    backend: Backend, mesh: Mesh, case: FlashCase, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A kernel, which XLA cannot cut, for every device's own heads and sequences, where they divide evenly."""
+    tensor = mesh.shape["tensor"] if case.num_kv_heads % mesh.shape["tensor"] == 0 else 1
+    shards = SHARDS if q.shape[0] % math.prod(mesh.shape[axis] for axis in SHARDS) == 0 else None
+    own = replace(case, num_heads=case.num_heads // tensor, num_kv_heads=case.num_kv_heads // tensor)
+    cut = PartitionSpec(shards, None, "tensor" if tensor > 1 else None)
+    return jax.shard_map(
+        partial(backend.run, own), mesh=mesh, in_specs=(cut, cut, cut), out_specs=(cut, cut), check_vma=False
+    )(q, k, v)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(
+    run: Callable[..., tuple[jax.Array, jax.Array]], case: FlashCase, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return run(case, q, k, v)
+
+
+def _forward(run: Callable[..., Any], case: FlashCase, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+    out, lse = run(case, q, k, v)
+    return (out, lse), (q, k, v, out, lse)
+
+
+def _backward(run: Callable[..., Any], case: FlashCase, kept: Any, cotangents: Any) -> Any:
+    return gradients(case, *kept, *cotangents)
+
+
+_differentiable.defvjp(_forward, _backward)

@@ -1,4 +1,7 @@
-"""x [T, in] times a quantized weight [out, in], whose numbers are made where they are used."""
+"""x [T, in] times a quantized weight [out, in], whose numbers are made where they are used.
+
+The contract, and the table of backends that implement it, of which one is chosen for every weight, with reasons.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jaxinfer.ops.backends import Backend, chosen
+from pallas_kernels.quantized_matmul.cases import ProductCase
 
 _FEW_ROWS = 16  # up to which a product for every group of inputs moves less than numbers made of the whole weight
 _TILE_ROWS = 8  # of a TPU
@@ -68,11 +74,38 @@ def _split(shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> tuple[int, 
 
 def quantized_matmul(x: jax.Array, weight: Quantized) -> jax.Array:
     """x [T, in] in float32 or a 16-bit dtype; weight [out, in], scales [out, 1] or [out, groups] -> [T, out] in x's
-    dtype, summed in float32.
+    dtype, summed in float32."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.axis_names or not mesh.are_all_axes_manual:
+        return _xla(x, weight)  # XLA cuts this program's arrays, as it cannot cut a kernel's
+    (num_out, num_in), num_groups = weight.values.shape, weight.scales.shape[1]
+    bits = 4 if weight.values.dtype == jnp.int4 else 8
+    case = ProductCase(num_out, num_in, num_groups, bits, x.dtype.name)
+    device = mesh.abstract_device
+    return choose_backend(case, jax.default_backend() if device is None else device.platform).run(x, weight)
 
-    XLA's compilers for TPUs and GPUs make numbers of values as a product reads them. One scale for an output is left
-    to the sum; scales of groups are where platforms differ.
-    """
+
+def choose_backend(case: ProductCase, platform: str) -> Backend:
+    """See backends.chosen."""
+    return chosen(f"product with int{case.bits} [{case.num_out}, {case.num_in}]", BACKENDS, case, platform)
+
+
+# Pallas is imported where it is used, since a process on another platform need not load it.
+def _tpu_supports(case: ProductCase) -> str | None:
+    from pallas_kernels.quantized_matmul import tpu
+
+    return tpu.supports(case)
+
+
+def _tpu_run(x: jax.Array, weight: Quantized) -> jax.Array:
+    from pallas_kernels.quantized_matmul import tpu
+
+    return _xla(x, weight) if x.shape[0] > tpu.MAX_ROWS else tpu.quantized_matmul(x, *weight)
+
+
+def _xla(x: jax.Array, weight: Quantized) -> jax.Array:
+    """XLA's compilers for TPUs and GPUs make numbers of values as a product reads them. One scale for an output is left
+    to the sum; scales of groups are where platforms differ."""
     one_scale = weight.scales.shape[1] == 1
     return lax.platform_dependent(
         x,
@@ -81,6 +114,13 @@ def quantized_matmul(x: jax.Array, weight: Quantized) -> jax.Array:
         tpu=partial(_in_whole_tiles, _scaled_after if one_scale else _scaled_before),
         default=_scaled_after if one_scale else _scaled_by_group,
     )
+
+
+# Best first; "xla" serves every case.
+BACKENDS: tuple[Backend[ProductCase], ...] = (
+    Backend("pallas_tpu", "tpu", _tpu_supports, _tpu_run),
+    Backend("xla", None, lambda case: None, _xla),
+)
 
 
 def _scaled_after(x: jax.Array, weight: Quantized) -> jax.Array:

@@ -57,10 +57,10 @@ def flash_attention(
     block_queries, block_keys = min(BLOCK_QUERIES, num_queries), min(BLOCK_KEYS, num_keys)
     q_blocks, kv_blocks = -(-num_queries // block_queries), -(-num_keys // block_keys)
     heads = (case.num_kv_heads, case.group_size)
-    q = _padded(q, q_blocks * block_queries).reshape(batch, -1, *heads, case.head_dim)
-    k, v = _padded(k, kv_blocks * block_keys), _padded(v, kv_blocks * block_keys)
+    q = padded(q, q_blocks * block_queries).reshape(batch, -1, *heads, case.head_dim)
+    k, v = padded(k, kv_blocks * block_keys), padded(v, kv_blocks * block_keys)
     if segments is not None:
-        segments = _padded(segments[0], q_blocks * block_queries), _padded(segments[1], kv_blocks * block_keys)
+        segments = padded(segments[0], q_blocks * block_queries), padded(segments[1], kv_blocks * block_keys)
     precision = "highest" if case.dtype == "float32" else None
 
     def query_block(index: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -117,5 +117,6 @@ def flash_attention(
     return out[:, :num_queries], lse[:, :num_queries]
 
 
-def _padded(array: jax.Array, length: int) -> jax.Array:
+def padded(array: jax.Array, length: int) -> jax.Array:
+    """Zeros behind the second axis, up to the length."""
     return jnp.pad(array, ((0, 0), (0, length - array.shape[1]), *((0, 0),) * (array.ndim - 2)))

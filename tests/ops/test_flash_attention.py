@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxinfer.ops.flash_attention import BACKENDS, FlashCase, choose_backend
-from pallas_kernels.flash_attention import reference, tpu, xla
+from jaxinfer.ops.flash_attention import BACKENDS, FlashCase, attend, choose_backend
+from pallas_kernels.flash_attention import backward, reference, tpu, xla
 from pallas_kernels.flash_attention.cases import CASES
 from pallas_kernels.flash_attention.tpu import Blocks
 from tests.ops.flash import oracle
+from tests.sharding.run_on_devices import run_on_devices
 
 CASE = FlashCase(4, 2, 8, 8, 0.35, dtype="float32")
 INTERPRET = pltpu.InterpretParams(detect_races=True)
@@ -214,3 +215,50 @@ def test_real_models_fit_every_chip() -> None:
         for num_tokens in (1, 100, 16384):
             blocks = tpu.choose_blocks(case, num_tokens, num_tokens, "a chip nobody tuned")
             assert tpu._vmem_bytes(case, blocks.queries, blocks.keys) <= blocks.vmem_limit_bytes // 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 9, "soft_cap": 2.0, "value_dim": 5}, {"causal": False}])
+def test_gradients_are_the_references(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    for module in (xla, backward):
+        monkeypatch.setattr(module, "BLOCK_QUERIES", 8)
+        monkeypatch.setattr(module, "BLOCK_KEYS", 16)
+    case = replace(CASE, **changes)
+    arrays = [jnp.asarray(array) for array in Problem(case, 2, 37, 37, 0, 0, seed=1).arrays()[0]]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("tensor",))
+
+    def of(run: Callable[..., Any]) -> Any:
+        def loss(*arrays: jax.Array) -> jax.Array:
+            return sum(jnp.sum(jnp.sin(array)) for array in run(case, *arrays))  # of the log-sum-exp too
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+    want = of(reference.flash_attention)
+    for a, b in zip(want, of(lambda case, *arrays: attend(case, *arrays, mesh)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_kernel_on_a_mesh() -> None:
+    """The TPU kernel, simulated on four devices: heads and sequences where they divide, all of them where not."""
+    run_on_devices(
+        """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from jaxinfer.ops import flash_attention as op
+from jaxinfer.sharding.mesh import make_mesh
+from pallas_kernels.flash_attention import reference, tpu
+mesh = make_mesh("data=2,tensor=2")
+run = functools.partial(tpu.flash_attention, interpret=pltpu.InterpretParams())
+kernel = op.Backend("simulated", "cpu", tpu.supports, run)
+op.BACKENDS = (kernel, *op.BACKENDS)
+for batch, kv_heads in ((2, 2), (3, 1)):
+    case = op.FlashCase(4, kv_heads, 8, 8, 0.35, dtype="float32")
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(batch, 20, n, 8)), jnp.float32) for n in (4, kv_heads, kv_heads))
+    program = jax.jit(lambda *arrays: op.attend(case, *arrays, mesh))
+    for got, want in zip(program(q, k, v), reference.flash_attention(case, q, k, v)):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+""",
+        num_devices=4,
+    )
