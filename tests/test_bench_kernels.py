@@ -13,12 +13,12 @@ import pytest
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 
 
-def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
     monkeypatch.setattr(sys, "argv", ["bench", "kernels", *arguments])
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(BENCH), run_name="__main__")
-    return left.value.code  # type: ignore[return-value]
+    return left.value.code
 
 
 def test_nothing_to_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ def check(
     kernel: str,
     supports: Callable[[Case], str | None],
     pool_shape: Callable[[Case, int], tuple[int, ...]],
-    scales_shape: Callable[[Case, int], tuple[int, ...]] | None,
+    scales_shape: Callable[[Case, int], tuple[int, ...]],
     case: Case,
     q: jax.Array,
     k: jax.Array | None,
@@ -27,7 +27,7 @@ def check(
 ) -> None:
     """ValueError, with the values, for a case that the kernel does not serve and for arrays that are not the case's.
 
-    supports, pool_shape, scales_shape: the kernel's own; the last is None where it serves no quantized case.
+    supports, pool_shape, scales_shape: the kernel's own.
     """
     reason = supports(case)
     if reason is not None:
@@ -42,7 +42,6 @@ def check(
     if (case.kv_dtype is not None) != isinstance(pool, QuantizedPool):
         raise ValueError(f"kv_dtype={case.kv_dtype}, but the pool is {type(pool).__name__}")
     if isinstance(pool, QuantizedPool):
-        assert scales_shape is not None
         data = pool.data
         expected["pool.scales"] = (pool.scales, scales_shape(case, data.shape[0]))
     else:

@@ -8,6 +8,15 @@ there are few tiles, the keys of a decode are split over several programs, and t
 
 The keys and values of this step's own tokens are read from where the model left them, and not from their pages. So no
 program waits for another one's writes: each writes its own tile's tokens, and what lies in those slots is never read.
+
+Of a quantized pool (quantized.py) pages arrive as they are, and a block's keys, then its values, are widened into one
+buffer that the tensor cores read. Scales arrive beside them, and logits and weights are multiplied with them.
+
+Where more heads share a key than a tile has rows, they are cut into several tiles' worth. Where values are too wide for
+one warpgroup's registers (latent attention), two share a tile: one makes the weights, each mixes half of the lanes.
+
+Where the devices of a mesh share the keys of a sequence, one by one (striped attention, arXiv:2311.09431), each runs
+the kernel over the keys it has, writes those of this step's that are its own, and gives its part of the softmax.
 """
 
 from __future__ import annotations
@@ -22,19 +31,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.merge_attention.reference import merge
 from pallas_kernels.paged_attention.arguments import check
-from pallas_kernels.paged_attention.gpu_kernel import Kernel
+from pallas_kernels.paged_attention.gpu_kernel import WARPGROUPS, Kernel
 from pallas_kernels.paged_attention.gpu_layout import (
     ALIGNMENT,
     TILE_ROWS,
     Blocks,
+    Layout,
     chip_name,
     choose_blocks,
     pool_shape,
+    scales_shape,
     supports,
 )
+from pallas_kernels.paged_attention.quantized import QuantizedPool, quantize
 from pallas_kernels.paged_attention.tpu_layout import Case, round_up
 
-__all__ = ["Tiles", "paged_attention", "pool_shape", "prepare", "supports"]
+__all__ = ["Batch", "Pool", "Tiles", "paged_attention", "pool_shape", "prepare", "scales_shape", "supports"]
+
+Pool = jax.Array | QuantizedPool
 
 _BLOCKS_OF_SPLIT, _MAX_SPLITS = 4, 32
 
@@ -46,26 +60,49 @@ class Tiles:
 
     row [Q]       the row of the batch
     first [Q]     the first token
+    start [Q]     the row's first token among those whose keys this device has
     count [Q]     tokens; 0: the tile is not in use
-    position [Q]  the first token's position in its sequence
-    cached [Q]    tokens of the sequence before this step
+    position [Q]  the first token's position in its sequence, counted from that of this device's first key
+    cached [Q]    keys of the sequence that this device had before this step
     of_token [T]  for each token, its place among all tiles' tokens; -1: it is in none of them
     """
 
     row: jax.Array
     first: jax.Array
+    start: jax.Array
     count: jax.Array
     position: jax.Array
     cached: jax.Array
     of_token: jax.Array
 
 
-def prepare(
-    case: Case, num_tokens: int, page_table: jax.Array, query_start: jax.Array, kv_len: jax.Array
-) -> tuple[jax.Array, tuple[Tiles, ...]]:
-    """What the kernel reads of a batch, the same for all layers of a case: the page table, and tiles.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """What the kernel reads of a batch, the same for all layers of a case: the page table [S, P], and tiles.
 
-    page_table [S, P], query_start [S + 1], kv_len [S].
+    own [T]    the tokens whose keys this device has, in order; None: all
+    place []   which of the devices that share the keys this one is; None where they do not
+    """
+
+    table: jax.Array
+    groups: tuple[Tiles, ...]
+    own: jax.Array | None = None
+    place: jax.Array | None = None
+
+
+def prepare(
+    case: Case,
+    num_tokens: int,
+    page_table: jax.Array,
+    query_start: jax.Array,
+    kv_len: jax.Array,
+    place: jax.Array | None = None,
+) -> Batch:
+    """page_table [S, P], query_start [S + 1], kv_len [S].
+
+    place: of the case's `context` devices, which share the keys of a sequence, this one has those of positions place,
+    place + context, ... in its slots 0, 1, ...
     """
     num_rows = page_table.shape[0]
     if query_start.shape != (num_rows + 1,) or kv_len.shape != (num_rows,):
@@ -73,13 +110,25 @@ def prepare(
             f"query_start {query_start.shape} and kv_len {kv_len.shape} do not fit page_table {page_table.shape}; "
             f"give {(num_rows + 1,)} and {(num_rows,)}"
         )
+    if (case.context > 1) != (place is not None):
+        raise ValueError(
+            f"context={case.context}, but place={place}; give it where devices share the keys, and only so"
+        )
     lengths = jnp.diff(query_start)
     kinds = [(1, lengths == 1, min(num_tokens, num_rows))]
     if num_tokens > 1:
-        size = _chunk_tokens(case)
+        size = Layout.of(case).tile_tokens
         kinds.append((size, lengths > 1, num_tokens // size + min(num_rows, num_tokens // 2)))
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
     row_of_token = _row_of(query_start, tokens)
+    cached_tokens, cached, row_starts, own = kv_len - lengths, kv_len - lengths, query_start, None
+    if place is not None:
+        cached = _slots(cached_tokens, case.context, place)
+        written = _slots(kv_len, case.context, place) - cached
+        row_starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(written, dtype=jnp.int32)])
+        of_row = _row_of(row_starts, tokens)
+        position = (cached[of_row] + tokens - row_starts[of_row]) * case.context + place
+        own = jnp.clip(query_start[of_row] + position - cached_tokens[of_row], 0, num_tokens - 1)
     groups = []
     for size, wanted, capacity in kinds:
         counts = jnp.where(wanted, -(-lengths // size), 0)
@@ -88,11 +137,17 @@ def prepare(
         row = _row_of(starts, index)
         first = query_start[row] + (index - starts[row]) * size
         count = jnp.where(index < starts[-1], jnp.minimum(query_start[row + 1] - first, size), 0)
-        own = (starts[row_of_token]) * size + tokens - query_start[row_of_token]
+        place_of = (starts[row_of_token]) * size + tokens - query_start[row_of_token]
         inside = wanted[row_of_token] & (tokens < query_start[-1])
-        cached = kv_len[row] - lengths[row]
-        groups.append(Tiles(row, first, count, cached + first - query_start[row], cached, jnp.where(inside, own, -1)))
-    return page_table, tuple(groups)
+        position = cached_tokens[row] + first - query_start[row] - (0 if place is None else place)
+        of_token = jnp.where(inside, place_of, -1)
+        groups.append(Tiles(row, first, row_starts[row], count, position, cached[row], of_token))
+    return Batch(page_table, tuple(groups), own, place)
+
+
+def _slots(length: jax.Array, context: int, place: jax.Array) -> jax.Array:
+    """How many of a sequence's first keys this device has."""
+    return (length + (context - 1) - place) // context
 
 
 def _row_of(starts: jax.Array, index: jax.Array) -> jax.Array:
@@ -100,124 +155,164 @@ def _row_of(starts: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.searchsorted(starts[1:], index, side="right").astype(jnp.int32), starts.shape[0] - 2)
 
 
-def _chunk_tokens(case: Case) -> int:
-    return TILE_ROWS // (case.num_heads // case.num_kv_heads)
-
-
 def paged_attention(
     case: Case,
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    pool: jax.Array,
-    prepared: tuple[jax.Array, tuple[Tiles, ...]],
+    pool: Pool,
+    batch: Batch,
     sinks: jax.Array | None = None,
     *,
     blocks: Blocks | None = None,
     interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, Pool]:
     """Write k and v into their pages, then let every query see its sequence's keys up to its own position.
 
-    q [T, N, H]; k and v [T, K, H], or None when the pool holds this step's keys and values already.
-    pool: of `pool_shape`, updated in place where the caller donated it. prepared: of `prepare`.
+    q [T, N, H]; k and v [T, K, H], or None when the pool holds this step's keys and values already; v is None in a case
+    with a latent_dim, whose keys begin with their values.
+    pool: of `pool_shape` (quantized: and `scales_shape`), updated in place where the caller donated it. batch: of
+    `prepare`.
     sinks [N] when the case has them. blocks: other than the tuned table gives.
     interpret: an `InterpretGPUParams`, to simulate on a CPU.
-    Returns ([T, N, H] in q's dtype, zero for padding tokens; the pool).
+    Returns ([T, N, H or latent_dim] in q's dtype, zero for padding tokens; the pool). Of a case whose keys several
+    devices share the first is this device's part: what its keys mix, float32, and the log of their sum of exponentials,
+    float32 [T, N]; 0 and -inf for a query that saw no key here. The sinks are of place 0.
     """
-    check("GPU", supports, pool_shape, None, case, q, k, v, pool, sinks)
+    check("GPU", supports, pool_shape, scales_shape, case, q, k, v, pool, sinks)
+    if (case.context > 1) != (batch.place is not None):
+        raise ValueError(f"context={case.context}, but the batch's place is {batch.place}; prepare it for the case")
     blocks = blocks or choose_blocks(case, chip_name())
-    padded = pool.shape[-1]
-
-    def pad_heads(array: jax.Array, rows: int = 0) -> jax.Array:
-        return jnp.pad(array.astype(pool.dtype), ((0, rows), (0, 0), (0, padded - case.head_dim)))
-
-    queries = pad_heads(q)
-    # A block of new keys may begin at the last token.
-    rows = round_up(q.shape[0], ALIGNMENT) + blocks.keys - q.shape[0]
-    new = None if k is None or v is None else (pad_heads(k, rows), pad_heads(v, rows))
-    table, groups = prepared
-    held = jax.new_ref(pool)
-    result = jnp.zeros(queries.shape, jnp.float32)
-    for tiles in groups:
-        decodes = tiles is groups[0]
-        size = 1 if decodes else _chunk_tokens(case)
-        out, lse = _call(case, blocks, size, decodes, queries, new, held, table, tiles, interpret)
+    layout = Layout.of(case)
+    queries = jnp.pad(q.astype(case.dtype), ((0, 0), (0, 0), (0, layout.lanes - case.head_dim)))
+    held = jax.tree.map(jax.new_ref, pool)
+    arrays: dict[str, Any] = dict(zip(("pool", "scales"), jax.tree.leaves(held), strict=False))
+    if k is not None:
+        arrays |= _as_written(case, layout, k, v, batch.own, blocks.keys)
+    result = jnp.zeros((*q.shape[:2], layout.value_lanes), jnp.float32)
+    lse = jnp.full(q.shape[:2], -jnp.inf)
+    for tiles in batch.groups:
+        decodes = tiles is batch.groups[0]
+        size = 1 if decodes else layout.tile_tokens
+        parts = _call(case, layout, blocks, size, decodes, queries, arrays, batch.table, tiles, interpret)
         own = jnp.maximum(tiles.of_token, 0)
-        mixed = out[own]
-        if sinks is not None:  # one more key for each head, with a value of 0
-            mixed *= jax.nn.sigmoid(lse[own] - sinks.astype(jnp.float32))[..., None]
-        result = jnp.where((tiles.of_token >= 0)[:, None, None], mixed, result)
-    return result[..., : case.head_dim].astype(q.dtype), jax.freeze(held)
+        inside = (tiles.of_token >= 0)[:, None]
+        result = jnp.where(inside[..., None], parts[0][own], result)
+        lse = jnp.where(inside, parts[1][own], lse)
+    if sinks is not None:  # one more key for each head, with a value of 0
+        sinks = sinks.astype(jnp.float32)
+        if batch.place is not None:
+            sinks = jnp.where(batch.place == 0, sinks, -jnp.inf)
+        total = jnp.logaddexp(lse, sinks)
+        result *= jnp.exp(lse - jnp.where(total == -jnp.inf, 0.0, total))[..., None]
+        lse = total
+    mixed = result[..., : case.latent_dim or case.head_dim]
+    pool = jax.tree.map(jax.freeze, held)
+    if case.context > 1:
+        return (mixed, lse), pool
+    return mixed.astype(q.dtype), pool
+
+
+def _as_written(
+    case: Case, layout: Layout, k: jax.Array, v: jax.Array | None, own: jax.Array | None, block_keys: int
+) -> dict[str, jax.Array]:
+    """This device's own of k and v [T, K, H] as in a page, [T', K, lanes]; of a quantized pool scales [2 or 1, K, T']
+    too. T' is as much more as a block of keys has that begins at the last token."""
+    new = {"new_keys": k} if v is None else {"new_keys": k, "new_values": v}
+    if own is not None:
+        new = {name: array[own] for name, array in new.items()}
+    rows = round_up(k.shape[0], ALIGNMENT) + block_keys - k.shape[0]
+    scales = []
+    if case.kv_dtype is not None:
+        for name, array in new.items():
+            new[name], of_kind = quantize(array, case.kv_dtype)
+            scales.append(jnp.pad(of_kind.T, ((0, 0), (0, rows))))
+    padding = ((0, rows), (0, 0), (0, layout.lanes - case.head_dim))
+    new = {name: jnp.pad(array.astype(case.kv_dtype or case.dtype), padding) for name, array in new.items()}
+    return new | ({"new_scales": jnp.stack(scales)} if scales else {})
 
 
 def _call(
     case: Case,
+    layout: Layout,
     blocks: Blocks,
     size: int,
     decodes: bool,
     queries: jax.Array,
-    new: tuple[jax.Array, jax.Array] | None,
-    pool: Any,
+    arrays: dict[str, Any],
     table: jax.Array,
     tiles: Tiles,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of the tiles of one kind, of `size` tokens each: [Q * size, N, H] float32, and log-sum-exps."""
-    num_tiles, num_tokens, head_dim = tiles.row.shape[0], queries.shape[0], queries.shape[-1]
-    group, num_kv_heads = case.num_heads // case.num_kv_heads, case.num_kv_heads
+    """Attention of the tiles of one kind, of `size` tokens each: [Q * size, N, lanes] float32, and log-sum-exps.
+
+    arrays: the pool's, as references, and this step's keys and values, by the kernel's names for them.
+    """
+    num_tiles, num_tokens = tiles.row.shape[0], queries.shape[0]
+    group, num_groups = layout.group, case.num_heads // layout.group
     rows = round_up(size * group, ALIGNMENT)
     tokens = jnp.minimum(tiles.first[:, None] + jnp.arange(size), num_tokens - 1)
-    packed = queries[tokens].reshape(num_tiles, size, num_kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
-    packed = packed.reshape(num_tiles, num_kv_heads, size * group, head_dim)
+    packed = queries[tokens].reshape(num_tiles, size, num_groups, group, layout.lanes).transpose(0, 2, 1, 3, 4)
+    packed = packed.reshape(num_tiles, num_groups, size * group, layout.lanes)
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, rows - size * group), (0, 0)))
-    splits = _splits(case, blocks, num_tiles, table.shape[1]) if decodes else 1
-    keys = (new[0], new[1]) if new is not None else ()
-    shape = (splits, num_tiles, num_kv_heads)
-    body = Kernel(case, blocks, size, rows, splits, head_dim, table.shape[1], new is not None, decodes)
+    splits = _splits(case, blocks, num_tiles * num_groups, table.shape[1]) if decodes else 1
+    arrays = {"queries": packed} | arrays | {"table": table.reshape(-1)}
+    arrays |= {name: getattr(tiles, name) for name in ("row", "start", "count", "position", "cached")}
+    shape = (splits, num_tiles, num_groups)
+    out_dtype = jnp.float32 if splits > 1 or case.context > 1 else queries.dtype
+    names, simulated = (*arrays, "out", "lse"), interpret is not None
+    body = Kernel(case, layout, blocks, size, rows, splits, table.shape[1], names, decodes, simulated)
     out, lse = plgpu.kernel(
         body.run,
         out_type=[
-            jax.ShapeDtypeStruct((*shape, rows, head_dim), jnp.float32 if splits > 1 else queries.dtype),
+            jax.ShapeDtypeStruct((*shape, rows, layout.value_lanes), out_dtype),
             jax.ShapeDtypeStruct((*shape, TILE_ROWS), jnp.float32),
         ],
-        grid=(num_tiles, num_kv_heads, splits),
-        grid_names=("tile", "head", "split"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        cost_estimate=_cost(case, packed, splits, pool.shape, table.shape),
+        grid=(*shape[1:], splits),
+        grid_names=("tile", "heads", "split"),
+        num_threads=layout.warpgroups,
+        thread_name=WARPGROUPS,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        cost_estimate=_cost(case, layout, packed, splits, arrays["pool"].shape, table.shape),
         interpret=interpret,
         kernel_name="paged_attention",
-    )(packed, pool, *keys, table.reshape(-1), tiles.row, tiles.first, tiles.count, tiles.position, tiles.cached)
+    )(*arrays.values())
     out, lse = merge(out.astype(jnp.float32), lse[..., :rows])
 
     def by_token(array: jax.Array) -> jax.Array:
-        """[Q, K, rows, ...] -> [Q * size, N, ...]"""
-        array = array[:, :, : size * group].reshape(num_tiles, num_kv_heads, size, group, *array.shape[3:])
+        """[Q, N / group, rows, ...] -> [Q * size, N, ...]"""
+        array = array[:, :, : size * group].reshape(num_tiles, num_groups, size, group, *array.shape[3:])
         return array.swapaxes(1, 2).reshape(num_tiles * size, case.num_heads, *array.shape[4:])
 
     return by_token(out), by_token(lse)
 
 
-def _splits(case: Case, blocks: Blocks, num_tiles: int, width: int) -> int:
+def _splits(case: Case, blocks: Blocks, programs: int, width: int) -> int:
     """Programs for the keys of one decode: enough to fill the GPU, but none for less than some blocks."""
-    most = width * case.page_size if case.window is None else min(width * case.page_size, case.window)
-    wanted = -(-blocks.programs // (num_tiles * case.num_kv_heads))
+    most = width * case.page_size
+    if case.window is not None:
+        most = min(most, -(-case.window // case.context))
+    wanted = -(-blocks.programs // programs)
     return max(1, min(wanted, most // (_BLOCKS_OF_SPLIT * blocks.keys), _MAX_SPLITS))
 
 
-def _cost(case: Case, packed: jax.Array, splits: int, pool: tuple[int, ...], table: tuple[int, ...]) -> pl.CostEstimate:
+def _cost(
+    case: Case, layout: Layout, packed: jax.Array, splits: int, pool: tuple[int, ...], table: tuple[int, ...]
+) -> pl.CostEstimate:
     """The most that tiles of these shapes can cost: tables full, their pages all different, as far as the pool goes.
 
     Lengths are not known when the program is compiled. Every row of a tile of 64 is multiplied, real or not.
     """
-    num_tiles, num_kv_heads, rows, head_dim = packed.shape
+    num_tiles, num_groups, rows, lanes = packed.shape
     keys = min(pool[0], num_tiles * table[1]) * case.page_size
     if case.window is not None:
         keys = min(keys, num_tiles * (case.window + rows + case.page_size))
-    pairs = keys * num_kv_heads * TILE_ROWS
-    moved = 2 * keys * num_kv_heads * head_dim * packed.dtype.itemsize
-    moved += packed.size * (packed.dtype.itemsize + (packed.dtype.itemsize if splits == 1 else 4 * splits))
+    pairs = keys * num_groups * TILE_ROWS
+    held = packed.dtype.itemsize * lanes if case.kv_dtype is None else lanes + 4
+    moved = layout.kinds * keys * case.num_kv_heads * held + packed.size * packed.dtype.itemsize
+    moved += packed.size // lanes * layout.value_lanes * (packed.dtype.itemsize if splits == 1 else 4 * splits)
     return pl.CostEstimate(
-        flops=4 * pairs * head_dim,
+        flops=2 * pairs * (lanes + layout.value_lanes),
         transcendentals=pairs * (1 if case.soft_cap is None else 2),
         bytes_accessed=moved,
     )

@@ -2,7 +2,9 @@
 
 Pages are [pages, 2, K, B, H]: a head's keys in a page, and its values, are each one piece of memory, which the tensor
 memory accelerator copies into tiles of 8 rows by 128 bytes, as the tensor cores read them. So head dims are padded to
-a multiple of 64.
+a multiple of 64. Keys that begin with their values (latent attention) have pages [pages, 1, K, B, H].
+
+Of a quantized pool the scales are [pages, 2 or 1, K, B]: a head's in a page are one piece of memory too.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ from pathlib import Path
 
 import jax
 
+from pallas_kernels.paged_attention.quantized import LARGEST
 from pallas_kernels.paged_attention.tpu_layout import Case, round_up
 
 DTYPES = ("bfloat16", "float16")
+KV_DTYPES = tuple(LARGEST)
 HEAD_MULTIPLE = 64  # 128 bytes, the widest swizzle, of a 16-bit type
 MAX_HEAD_DIM = 256
+MAX_LATENT_HEAD_DIM, MAX_LATENT_DIM = 576, 512  # of keys that begin with their values: DeepSeek's
 TILE_ROWS = 64  # rows of a WGMMA tile
 ALIGNMENT = 8  # rows of a tile of shared memory
+SHARED_BYTES = 231424  # of a program: Hopper's 227 KiB, less a KiB for barriers
 PAGE_SIZES = (8, 16, 32, 64, 128)  # whole tiles of 8 rows, and blocks of whole pages
 MIN_JAX = (0, 12)  # of which Mosaic GPU's interface and its simulation are
 
@@ -31,30 +37,79 @@ def supports(case: Case) -> str | None:
         return f"JAX {jax.__version__} is older than {'.'.join(map(str, MIN_JAX))}, whose Mosaic GPU the kernel needs"
     if case.dtype not in DTYPES:
         return f"dtype {case.dtype} is not one of {', '.join(DTYPES)}"
-    if case.context > 1:
-        return f"it gives no log-sum-exp, and the keys are spread over context={case.context} devices"
-    if case.kv_dtype is not None:
-        return f"it reads no keys and values of {case.kv_dtype}"
-    if case.latent_dim is not None:
-        return "keys that begin with their values (latent attention) need a kernel of their own, which there is not"
+    if case.kv_dtype is not None and case.kv_dtype not in KV_DTYPES:
+        return f"kv_dtype {case.kv_dtype} is not one of {', '.join(KV_DTYPES)}"
     if case.num_kv_heads < 1 or case.num_heads % case.num_kv_heads:
         return f"{case.num_heads} query heads are no multiple of {case.num_kv_heads} kv heads"
-    if case.num_heads // case.num_kv_heads > TILE_ROWS:
-        return (
-            f"{case.num_heads // case.num_kv_heads} query heads of a kv head are more than {TILE_ROWS}, a tile's rows"
-        )
-    if not 1 <= case.head_dim <= MAX_HEAD_DIM:
-        return f"head_dim {case.head_dim} is not in 1..{MAX_HEAD_DIM}"
+    most_dim = MAX_HEAD_DIM if case.latent_dim is None else MAX_LATENT_HEAD_DIM
+    if not 1 <= case.head_dim <= most_dim:
+        return f"head_dim {case.head_dim} is not in 1..{most_dim}"
+    if case.latent_dim is not None:
+        most_dim = min(case.head_dim, MAX_LATENT_DIM)
+        if not 1 <= case.latent_dim <= most_dim:
+            return f"latent_dim {case.latent_dim} is not in 1..{most_dim}"
+        if case.num_kv_heads > 1:
+            return f"latent_dim {case.latent_dim} with {case.num_kv_heads} kv heads, where all heads share one latent"
     if case.page_size not in PAGE_SIZES:
         return f"page_size {case.page_size} is not one of {', '.join(map(str, PAGE_SIZES))}"
+    needed = shared_bytes(case, Blocks(max(_tuned("default")["block_keys"], case.page_size), 1, 0))
+    if needed > SHARED_BYTES:
+        return f"page_size {case.page_size} needs {needed} bytes of shared memory, more than {SHARED_BYTES}"
     if case.window is not None and case.window < 1:
         return f"window {case.window} is less than 1"
     return None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Sizes that follow from a case, in elements.
+
+    kinds        what the pool holds of a token and head: key and value, or a key that begins with its value
+    lanes        of a key, padded
+    value_lanes  of a value, padded
+    group        query heads of a tile: those of a kv head, or a part of them where they are more than a tile's rows
+    parts        so many tiles' heads are a kv head's
+    warpgroups   that share a tile: the values that one mixes have to fit its registers
+    """
+
+    kinds: int
+    lanes: int
+    value_lanes: int
+    group: int
+    parts: int
+    warpgroups: int
+
+    @classmethod
+    def of(cls, case: Case) -> Layout:
+        value_dim = case.latent_dim or case.head_dim
+        warpgroups = 1 if value_dim <= MAX_HEAD_DIM else 2
+        value_lanes = round_up(value_dim, HEAD_MULTIPLE * warpgroups)
+        heads = case.num_heads // case.num_kv_heads
+        group = next(size for size in range(min(heads, TILE_ROWS), 0, -1) if heads % size == 0)
+        return cls(
+            kinds=2 if case.latent_dim is None else 1,
+            lanes=max(round_up(case.head_dim, HEAD_MULTIPLE), value_lanes),
+            value_lanes=value_lanes,
+            group=group,
+            parts=heads // group,
+            warpgroups=warpgroups,
+        )
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a chunk that are a tile."""
+        return TILE_ROWS // self.group
+
+
 def pool_shape(case: Case, num_pages: int) -> tuple[int, int, int, int, int]:
-    """[pages, 2, K, B, padded H], keys at [:, 0] and values at [:, 1]."""
-    return (num_pages, 2, case.num_kv_heads, case.page_size, round_up(case.head_dim, HEAD_MULTIPLE))
+    """[pages, 2, K, B, padded H], keys at [:, 0] and values at [:, 1]; of a case with a latent_dim [pages, 1, ...]."""
+    layout = Layout.of(case)
+    return (num_pages, layout.kinds, case.num_kv_heads, case.page_size, layout.lanes)
+
+
+def scales_shape(case: Case, num_pages: int) -> tuple[int, int, int, int]:
+    """[pages, 2 or 1, K, B], of a quantized pool."""
+    return pool_shape(case, num_pages)[:-1]
 
 
 @dataclass(frozen=True)
@@ -89,11 +144,19 @@ def choose_blocks(case: Case, chip: str = "default") -> Blocks:
     """As many slots as leave room for two programs on a multiprocessor; for one, where two got a single slot."""
     table = _tuned(chip)
     keys = max(table["block_keys"], case.page_size)
-    row_bytes = 2 * round_up(case.head_dim, HEAD_MULTIPLE)
-    slot_bytes, other_bytes = 2 * keys * row_bytes, TILE_ROWS * (row_bytes + 2 * keys)  # and queries, and weights
-    slots = 0
-    for programs in (2, 1):
-        slots = (table["shared_bytes"] // programs - other_bytes) // slot_bytes
-        if slots >= 2:
-            break
-    return Blocks(keys, min(max(slots, 1), table["max_slots"]), table["programs"])
+    sizes = [Blocks(keys, slots, table["programs"]) for slots in range(table["max_slots"], 0, -1)]
+    for least, programs in ((2, 2), (1, 1)):
+        for blocks in sizes:
+            if blocks.slots >= least and shared_bytes(case, blocks) <= table["shared_bytes"] // programs:
+                return blocks
+    return sizes[-1]
+
+
+def shared_bytes(case: Case, blocks: Blocks) -> int:
+    """Shared memory of the kernel's buffers (gpu_kernel.Kernel.scratch), each in whole KiB."""
+    layout, wide = Layout.of(case), 2 if case.kv_dtype is None else 1
+    keys = layout.kinds * blocks.keys
+    sizes = [2 * TILE_ROWS * layout.lanes, blocks.slots * keys * layout.lanes * wide, 2 * TILE_ROWS * blocks.keys, 1024]
+    if case.kv_dtype is not None:
+        sizes += [4 * blocks.slots * keys, 2 * blocks.keys * layout.lanes]
+    return sum(round_up(size, 1024) for size in sizes)

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.ops.paged_attention import AttentionCase
 from pallas_kernels.paged_attention import gpu_layout, tpu
+from pallas_kernels.paged_attention.quantized import QuantizedPool
 from tests.ops.ragged import Ragged, make_case
 
 bfloat16_case = functools.partial(make_case, dtype="bfloat16", head_dim=128, page_size=16)
@@ -52,7 +53,8 @@ def _whole(ref: Any) -> Any:
 def needed_bytes(case: AttentionCase, cached: tuple[int, ...]) -> int:
     """Of the keys and values in the cache that the newest tokens of these sequences see."""
     seen = sum(cached) if case.window is None else sum(min(length, case.window - 1) for length in cached)
-    return seen * case.num_kv_heads * 2 * case.head_dim * 2
+    kinds = 2 if case.latent_dim is None else 1
+    return seen * case.num_kv_heads * kinds * (2 * case.head_dim if case.kv_dtype is None else case.head_dim + 4)
 
 
 def passing_bytes(case: AttentionCase, num_rows: int) -> int:
@@ -118,7 +120,13 @@ def test_tpu(monkeypatch: pytest.MonkeyPatch, case: AttentionCase, cached: tuple
     ("case", "cached", "programs", "most"),
     # Five programs share the keys of a decode where there are few decodes: each reads the queries, and leaves its part
     # in float32 to be merged.
-    [(*RAGGED, 1, 1.1), (*RAGGED, 264, 1.15), (*SINGLE, 1, 1.1), (*WINDOW, 1, 1.1)],
+    [
+        (*RAGGED, 1, 1.1),
+        (*RAGGED, 264, 1.15),
+        (*SINGLE, 1, 1.1),
+        (*WINDOW, 1, 1.1),
+        (bfloat16_case(**GQA, kv_dtype="int8"), RAGGED[1], 1, 1.1),
+    ],
 )
 def test_gpu(
     monkeypatch: pytest.MonkeyPatch, case: AttentionCase, cached: tuple[int, ...], programs: int, most: float
@@ -128,13 +136,13 @@ def test_gpu(
     from pallas_kernels.paged_attention import gpu
 
     copies = Copies()
-    pool_shape = gpu.pool_shape(case, 1)[1:]
+    pool_shapes = gpu.pool_shape(case, 1)[1:], gpu.scales_shape(case, 1)[1:]
 
     def counted(original: Callable[..., None], verb: str) -> Callable[..., None]:
-        def copy(source: Any, target: Any, *rest: Any) -> None:
+        def copy(source: Any, target: Any, *rest: Any, **options: Any) -> None:
             memory = source if verb == "read" else target
-            copies.begin(f"pool {verb}" if _whole(memory).shape[1:] == pool_shape else "other", memory)
-            original(source, target, *rest)
+            copies.begin(f"pool {verb}" if _whole(memory).shape[1:] in pool_shapes else "other", memory)
+            original(source, target, *rest, **options)
 
         return copy
 
@@ -149,7 +157,9 @@ def test_gpu(
         interpret = plgpu.InterpretGPUParams()
         return gpu.paged_attention(case, q, k, v, pool, prepared, blocks=blocks, interpret=interpret)
 
-    pool = jnp.zeros(gpu.pool_shape(case, len(ragged.pool)), jnp.bfloat16)
+    pool: Any = jnp.zeros(gpu.pool_shape(case, len(ragged.pool)), jnp.dtype(case.kv_dtype or case.dtype))
+    if case.kv_dtype is not None:
+        pool = QuantizedPool(pool, jnp.zeros(gpu.scales_shape(case, len(ragged.pool))))
     jax.block_until_ready(compiled(run)(*ragged.inputs(), pool))
     jax.effects_barrier()
     check(copies, case, cached, most)
