@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxinfer.ops.flash_attention import FlashCase, choose_backend
-from pallas_kernels.paged_attention.gpu_layout import MIN_JAX
+from tests.ops.simulation import simulated
 from tests.ops.test_flash_attention import Problem, check
 
-simulated = pytest.mark.skipif(jax.__version_info__[:2] < MIN_JAX, reason="this JAX cannot simulate Mosaic GPU")
 CASE = FlashCase(2, 1, 64, 64, 0.125)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,9 +21,8 @@ from pallas_kernels.paged_attention import gpu_layout
 from pallas_kernels.paged_attention.cases import CASES, FP8
 from pallas_kernels.paged_attention.gpu_layout import Blocks, pool_shape
 from tests.ops.ragged import Ragged, make_case
+from tests.ops.simulation import simulated
 
-NEW_ENOUGH = jax.__version_info__[:2] >= gpu_layout.MIN_JAX
-simulated = pytest.mark.skipif(not NEW_ENOUGH, reason="this JAX cannot simulate Mosaic GPU")
 gpu_case = functools.partial(
     make_case, platform="gpu", page_size=16, head_dim=64, dtype="bfloat16", num_heads=4, num_kv_heads=2, scale=0.125
 )
@@ -140,26 +136,19 @@ def test_keys_of_8_bits(kv_dtype: str) -> None:
     check(Ragged(gpu_case(kv_dtype=kv_dtype), [(100, 1), (18, 5)], 8, 3, 8))
 
 
-def check_latents(kind: str) -> None:
-    """One decode; or, with a pool of the kind, chunks, and a decode that is split."""
-    if kind == "decode":
-        check(Ragged(LATENTS, [(70, 1)], 1, 2, 6))
-        return
-    case = replace(LATENTS, kv_dtype=None if kind == "bfloat16" else kind)
-    check(Ragged(case, [(70, 1), (60, 9)], 10, 3, 6))
-    check(Ragged(case, [(600, 1)], 1, 2, 40), Blocks(keys=64, slots=2, programs=6))
+@simulated
+def test_a_key_that_begins_with_its_value() -> None:
+    check(Ragged(LATENTS, [(70, 1)], 1, 2, 6))
 
 
 @simulated
-@pytest.mark.parametrize(
-    "kind", ["decode", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bfloat16", "int8", FP8))]
-)
-def test_keys_that_begin_with_their_values(kind: str) -> None:
-    """In a process of its own: a simulated warpgroup that waits holds one of XLA's threads, of which there are as many
-    as processors, and two processors are too few for two warpgroups."""
-    command = [sys.executable, "-m", "tests.ops.test_paged_attention_gpu", kind]
-    done = subprocess.run(command, env=os.environ | {"NPROC": "8"}, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", [None, "int8", FP8])
+def test_keys_that_begin_with_their_values(kv_dtype: str | None) -> None:
+    """In chunks, and in a decode that is split."""
+    case = replace(LATENTS, kv_dtype=kv_dtype)
+    check(Ragged(case, [(70, 1), (60, 9)], 10, 3, 6))
+    check(Ragged(case, [(600, 1)], 1, 2, 40), Blocks(keys=64, slots=2, programs=6))
 
 
 @simulated
@@ -279,7 +268,3 @@ def test_real_models_fit_shared_memory() -> None:
             blocks = gpu_layout.choose_blocks(case)
             assert blocks.slots >= (1 if case is largest else 2), case.name
             assert gpu_layout.shared_bytes(case, blocks) <= gpu_layout.SHARED_BYTES, case.name
-
-
-if __name__ == "__main__":
-    check_latents(sys.argv[1])
