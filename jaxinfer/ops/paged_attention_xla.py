@@ -35,10 +35,10 @@ from jaxinfer.sharding.spmd import CONTEXT
 from pallas_kernels.paged_attention.quantized import QuantizedPool, quantize, value_scales
 
 _MASKED = -1e30  # finite, so that a fully masked tile yields numbers, which the merge then wipes out
-_DECODE_KEYS = 64  # keys per decode tile, when pages are not larger
+_DECODE_KEYS = 128  # keys per decode tile, when pages are not larger
 _PREFILL_KEYS = 128
 _PREFILL_QUERIES = 128
-_TILES_AT_ONCE = 16  # decode tiles whose products are one batch
+_TILES_AT_ONCE = 8  # decode tiles whose products are one batch
 _FEW_ROWS = 2  # decode batches up to this size run tile by tile in one kernel
 _MOST_VECTORS = 8  # queries per kv head and tile up to which each may be multiplied by itself
 
@@ -263,16 +263,16 @@ def _gather(
     shape = (page_size, case.head_dim) if case.platform == "tpu" else (page_size * case.head_dim,)
     index = _page_heads(case, pages, which)
     rows = pool.reshape(-1, *shape).at[index.reshape(-1)].get(mode="promise_in_bounds")
-    if alive is not None:
-        before = jnp.arange(pages_per_tile) * page_size
-        limits = (jnp.broadcast_to((limit[:, None] - before)[:, None], index.shape) for limit in alive)
-        first, end = (limit.reshape(-1, *(1 for _ in shape)) for limit in limits)
-        slot = (jnp.arange(page_size * case.head_dim) // case.head_dim).reshape(shape)
-        rows = jnp.where((slot >= first) & (slot < end), rows, 0)
-    rows = rows.astype(case.dtype)
-    if num_tiles > 1:
+    is_apart = case.platform == "cpu" and num_tiles > 1
+    if is_apart:  # with anything else in it, a gather from memory takes three times as long
         rows = lax.optimization_barrier(rows)
-    return rows.reshape(num_tiles, case.num_kv_heads, pages_per_tile * page_size, case.head_dim)
+    rows = rows.reshape(num_tiles, case.num_kv_heads, pages_per_tile * page_size, case.head_dim)
+    if alive is not None:
+        slot = jnp.arange(pages_per_tile * page_size)
+        counts = (slot >= alive[0][:, None]) & (slot < alive[1][:, None])
+        rows = jnp.where(counts[:, None, :, None], rows, 0)
+    rows = rows.astype(case.dtype)
+    return lax.optimization_barrier(rows) if num_tiles > 1 else rows
 
 
 def _logits(
