@@ -61,9 +61,8 @@ class LoadedModel:
     def forward(self, params: Params, tokens: jax.Array) -> jax.Array:
         """tokens int32 [T] or [batch, T] -> float32 logits [..., T, V]; pure.
 
-        Attention goes by blocks (flash attention), and has gradients in reverse mode, once: `jvp` is refused, and a
-        second derivative wherever a backend has none. `self.model.forward` has all of these, and the logits of all
-        pairs of tokens in memory.
+        Attention goes by blocks (flash attention), and has gradients in reverse mode, once: `jvp` and the gradient of a
+        gradient are refused. `self.model.forward` has both, and the logits of all pairs of tokens in memory.
         """
         self._check_one_program()
         return self.model.forward(params, tokens, mix=flash(self.mesh))
