@@ -177,7 +177,7 @@ def _pages_in(case: AttentionCase, keys: int) -> int:
 
 def _tiles_at_once(case: AttentionCase, num_rows: int) -> int:
     if case.platform != "cpu":
-        return 64
+        return 32
     return 1 if num_rows <= _FEW_ROWS else _TILES_AT_ONCE
 
 
@@ -263,8 +263,7 @@ def _gather(
     shape = (page_size, case.head_dim) if case.platform == "tpu" else (page_size * case.head_dim,)
     index = _page_heads(case, pages, which)
     rows = pool.reshape(-1, *shape).at[index.reshape(-1)].get(mode="promise_in_bounds")
-    is_apart = case.platform == "cpu" and num_tiles > 1
-    if is_apart:  # with anything else in it, a gather from memory takes three times as long
+    if case.platform == "cpu" and num_tiles > 1:  # with a mask in it, a gather from memory takes three times as long
         rows = lax.optimization_barrier(rows)
     rows = rows.reshape(num_tiles, case.num_kv_heads, pages_per_tile * page_size, case.head_dim)
     if alive is not None:
