@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +277,30 @@ def test_memory_stays_at_a_few_tensors(tmp_path: Path) -> None:
     assert export.export_safetensors(source, params, family.sources(model_config), read) > 50e6
     code = MEMORY.format(warm=str(LLAMA), source=str(source), target=str(tmp_path / "out"), to="safetensors")
     assert float(run_on_devices(code)) < 27
+
+
+def test_late_writers(tmp_path: Path) -> None:
+    """A thread of the failed writer that makes its directory anew, after it was deleted, leaves nothing behind."""
+
+    def write_late(file: Path) -> None:
+        for _ in range(5):
+            time.sleep(0.06)
+            with contextlib.suppress(FileNotFoundError):  # deleted in between
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(b"late")
+
+    def fail_half_way(threads: list[threading.Thread]) -> None:
+        with appearing_whole(tmp_path / "out") as partial:
+            (partial / "config.json").write_text("{}")
+            threads.append(threading.Thread(target=write_late, args=(partial / "params" / "d",)))
+            threads[0].start()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    threads: list[threading.Thread] = []
+    with pytest.raises(ValueError, match="No space left on device"):
+        fail_half_way(threads)
+    threads[0].join()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted(tmp_path: Path) -> None:
