@@ -32,6 +32,7 @@ from jaxinfer.runner import functional
 from jaxinfer.runner.functional import KVCache
 from jaxinfer.sharding.mesh import make_mesh
 from jaxinfer.sharding.spmd import PER_SHARD
+from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def load_model(
     one line, for whatever is wrong with the directory.
     """
     directory = resolve_model_dir(path)
-    config_json, generation = read_config(directory)
+    config_json, generation = read_settings(directory)
     family, config = resolve_family(config_json)
     packed, config = config.quantization, replace(config, quantization=choose(quantization, config.quantization))
     made = make_mesh(mesh)
@@ -223,6 +224,19 @@ def load_model(
         with open_checkpoint(directory, packed) as reader:
             params = load_params(reader, model.abstract_params, family, config, shardings)
     return LoadedModel(model, params, made, directory, generation)
+
+
+def read_settings(directory: Path) -> tuple[dict[str, Any], GenerationDefaults]:
+    """As read_config, but where the configs name no token that ends a text, the tokenizer's does."""
+    config_json, generation = read_config(directory)
+    if generation.eos_token_ids or not Tokenizer.exists(directory):
+        return config_json, generation
+    try:
+        token_id = Tokenizer(directory).eos_token_id
+    except ValueError as error:  # whoever gives text is told
+        log.warning("no token is known that ends a text: %s", error)
+        token_id = None
+    return config_json, replace(generation, eos_token_ids=() if token_id is None else (token_id,))
 
 
 def _by_path(tree: Params) -> dict[str, Any]:

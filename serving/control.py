@@ -197,12 +197,11 @@ async def _profile(directory: Path, seconds: float) -> None:
 
 def _read_weights(directory: Path, served: LoadedModel, dtype: Any) -> Params:
     """ValueError, naming what differs, for a checkpoint of another architecture or with other end tokens."""
-    from jaxinfer.checkpoint.config import read_config
-    from jaxinfer.loading import load_model
+    from jaxinfer.loading import load_model, read_settings
     from jaxinfer.models.registry import resolve
     from jaxinfer.quantization import choose as choose_quantization
 
-    config_json, generation = read_config(directory)
+    config_json, generation = read_settings(directory)
     _, config = resolve(config_json)
     quantization = None if served.config.quantization is None else served.config.quantization.name
     config = replace(config, quantization=choose_quantization(quantization, config.quantization))

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _ALIGNMENT = 64  # XLA's CPU client takes over a host array without a copy from this alignment on
 _NAMES_SHOWN = 3
+_ROWS_COMPARED = 1024  # of a head and an embedding at a time
 _COLUMNS = 64  # transposed at a time: several times as fast as all at once
 
 
@@ -328,6 +329,9 @@ def check_tensors(
             f"{reader.directory} holds {len(unexpected)} tensors this model has no place for: {name_some(unexpected)}; "
             f"check that config.json belongs to it"
         )
+    for name in reader.tensors:
+        if name not in used and name.endswith("lm_head.weight"):
+            _check_tied(reader, name, sources["embed/weight"].name)
     rows: dict[str, tuple[int, int]] = {}  # of tensors taken apart: used, and there
     for path, source in sources.items():
         shape = shapes[path][1:] if source.stacked else shapes[path]
@@ -346,6 +350,20 @@ def check_tensors(
                 f"tensor {name!r} has {there} rows and the model uses {num_used}; "
                 f"check that config.json belongs to this checkpoint"
             )
+
+
+def _check_tied(reader: CheckpointReader, head: str, embed: str) -> None:
+    """ValueError unless a head that the model does not read, since it is tied to the embedding, is the same."""
+    shape = reader.tensors[embed].shape
+    same = reader.tensors[head].shape == shape
+    for start in range(0, shape[0] if same else 0, _ROWS_COMPARED):
+        rows = start, min(start + _ROWS_COMPARED, shape[0])
+        same = same and np.array_equal(reader.read(head, rows), reader.read(embed, rows))
+    if not same:
+        raise ValueError(
+            f"{reader.directory}: {head!r} is not the same as {embed!r}, to which config.json ties it; set "
+            f'"tie_word_embeddings": false there if the model has a head of its own'
+        )
 
 
 def _does_not_fill(info: TensorInfo, path: str, shape: tuple[int, ...]) -> str:

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxinfer.checkpoint import export
 from jaxinfer.checkpoint.load import load_params
@@ -54,6 +54,23 @@ def test_a_score_bias_is_not_rounded() -> None:
     assert {path for path, leaf in by_path(params).items() if leaf.dtype != jnp.bfloat16} == {
         f"layers/{index}/mlp/router/score_bias" for index, layer in enumerate(config.layers) if layer.experts
     }
+
+
+def test_a_head_beside_a_tied_embedding(tmp_path: Path) -> None:
+    """The same numbers twice are one parameter; a head of its own is not dropped unseen."""
+    source = tmp_path / "source"
+    shutil.copytree(LLAMA, source)
+    embed = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    for shift, target in ((0.0, "same"), (1e-3, "other")):
+        head = embed.copy()
+        head[-1, -1] += shift
+        tensors = load_file(source / "model.safetensors") | {"lm_head.weight": head}
+        save_file(tensors, source / "model.safetensors")
+        if not shift:
+            convert(source, tmp_path / target)
+            continue
+        with pytest.raises(ValueError, match=r"'lm_head\.weight' is not the same as 'model\.embed_tokens\.weight'"):
+            convert(source, tmp_path / target)
 
 
 def by_path(params: dict[str, Any]) -> dict[str, Any]:
