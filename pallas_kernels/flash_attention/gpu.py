@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.cases import FlashCase
+from pallas_kernels.flash_attention.gpu_turns import BY_ROW, GROUPS, ROWS, WARPGROUPS, State, Turns, buffers, split
 from pallas_kernels.flash_attention.reference import Segments, check
-from pallas_kernels.flash_attention.xla import MASKED, visible_blocks
+from pallas_kernels.flash_attention.xla import visible_blocks
 
 DTYPES = ("bfloat16", "float16")
 HEAD_MULTIPLE = 64  # 128 bytes, the widest swizzle, of a 16-bit type
 MAX_HEAD_DIM = 256
 MIN_JAX = (0, 12)  # of which Mosaic GPU's interface and its simulation are
-_GROUPS, _ROWS = 2, 64  # warpgroups that multiply, and the queries of each: the rows of a WGMMA tile
-_QUERIES = _GROUPS * _ROWS
-_COPYING = _GROUPS  # the warpgroup that only copies
-_REGISTERS, _COPYING_REGISTERS = 232, 40  # of a thread; together what a multiprocessor has
-_LOG2_E = math.log2(math.e)
-
-State = tuple[jax.Array, jax.Array, jax.Array]  # mixed values [64, H]; the largest logit [64], base 2; sum of weights
+_QUERIES = GROUPS * ROWS
 
 
 @dataclass(frozen=True)
@@ -107,8 +101,8 @@ def flash_attention(
         ],
         grid=(case.num_heads, q.shape[1] // _QUERIES, batch),
         grid_names=("head", "tile", "batch"),
-        num_threads=_GROUPS + 1,
-        thread_name="warpgroup",
+        num_threads=GROUPS + 1,
+        thread_name=WARPGROUPS,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         cost_estimate=_cost(case, batch, num_queries, num_keys),
         interpret=interpret,
@@ -154,17 +148,9 @@ def _cost(case: FlashCase, batch: int, num_queries: int, num_keys: int) -> pl.Co
     )
 
 
-def _tiled(rows: tuple[int, ...], lanes: int, dtype: Any) -> Any:
-    """Shared memory for matrices, as tensor cores and the copies of 128 bytes read them."""
-    # JAX leaves a method of their base class abstract, that these are never asked for.
-    tiling = plgpu.TilingTransform((8, HEAD_MULTIPLE))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM((*rows, lanes), dtype, transforms=(tiling, swizzle))
-
-
 @dataclass(frozen=True)
 class Kernel:
-    """What is static: sizes in elements. simulated: without what JAX's simulation does not know; see `add`."""
+    """What is static: sizes in elements. simulated: without what JAX's simulation does not know; see gpu_turns.py."""
 
     case: FlashCase
     blocks: Blocks
@@ -177,40 +163,21 @@ class Kernel:
     def run(self, q: Any, k: Any, v: Any, *refs: Any) -> None:
         """References in memory: of the call's arguments, then the outputs."""
         segments, (starts, out, lse) = refs[:-3], refs[-3:]
-        dtype, slots, keys = jnp.dtype(self.case.dtype), self.blocks.slots, self.blocks.keys
-        scratch: dict[str, Any] = {
-            "q": _tiled((_GROUPS, _ROWS), self.head_dim, dtype),
-            "keys": _tiled((slots, keys), self.head_dim, dtype),
-            "values": _tiled((slots, keys), self.value_dim, dtype),
-            "lse": plgpu.SMEM((_GROUPS, _ROWS), jnp.float32),
-            "q_there": plgpu.Barrier(num_barriers=_GROUPS),
-            "keys_there": plgpu.Barrier(num_barriers=slots),
-            "values_there": plgpu.Barrier(num_barriers=slots),
-            "keys_done": plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=slots),
-            "values_done": plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=slots),
-            "turn": plgpu.Barrier(num_barriers=_GROUPS),
-        }
-        if self.value_dim != self.head_dim:  # otherwise outputs leave from where the queries came
-            scratch["out"] = _tiled((_GROUPS, _ROWS), self.value_dim, dtype)
-        if self.simulated:
-            scratch["weights"] = _tiled((_GROUPS, _ROWS), keys, dtype)
+        scratch = buffers(
+            self.blocks.keys,
+            self.blocks.slots,
+            self.head_dim,
+            self.value_dim,
+            jnp.dtype(self.case.dtype),
+            simulated=self.simulated,
+        )
 
-        def body(*buffers: Any) -> None:
-            named = dict(zip(scratch, buffers, strict=True))
+        def body(*held: Any) -> None:
+            named = dict(zip(scratch, held, strict=True))
             own = _Program(self, (q, k, v, *segments), starts, out, lse, named)
-            warpgroup = lax.axis_index("warpgroup")
+            split(own.copy, own.attend)
 
-            @pl.when(warpgroup == _COPYING)
-            def _() -> None:
-                plgpu.set_max_registers(_COPYING_REGISTERS, action="decrease")
-                own.copy()
-
-            @pl.when(warpgroup < _GROUPS)
-            def _() -> None:
-                plgpu.set_max_registers(_REGISTERS, action="increase")
-                own.attend(warpgroup)
-
-        pl.run_scoped(body, *scratch.values(), collective_axes="warpgroup")
+        pl.run_scoped(body, *scratch.values(), collective_axes=WARPGROUPS)
 
 
 class _Program:
@@ -262,29 +229,22 @@ class _Program:
         lax.fori_loop(0, self.end - self.begin, lambda index, _: send(index), None)
 
     def attend(self, group: jax.Array) -> None:
-        """The queries of one warpgroup, over all blocks. `turn` is held while its products are on the tensor cores."""
-        first = self.tile * _QUERIES + group * _ROWS
+        """The queries of one warpgroup, over all blocks."""
+        turns = Turns(self.refs, group, self.case.scale, self.case.soft_cap, self.kernel.simulated)
+        first = self.tile * _QUERIES + group * ROWS
         q = self.refs["q"].at[group]
-        plgpu.copy_gmem_to_smem(
-            self.q.at[self.batch, pl.ds(first, _ROWS), self.head], q, self.refs["q_there"].at[group]
-        )
-        plgpu.barrier_wait(self.refs["q_there"].at[group])
+        plgpu.copy_gmem_to_smem(self.q.at[self.batch, pl.ds(first, ROWS), self.head], q, self.refs["q_there"].at[group])
         own_segments = None
         if self.segments:
-            own_segments = plgpu.load(
-                self.segments[0].at[self.batch, pl.ds(first, _ROWS)], layout=plgpu.Layout.WGMMA.reduce(1)
-            )
-        by_row = jnp.full((_ROWS,), MASKED, jnp.float32), jnp.zeros((_ROWS,), jnp.float32)
-        most, weight = (plgpu.layout_cast(part, plgpu.Layout.WGMMA.reduce(1)) for part in by_row)
-        mixed = plgpu.layout_cast(jnp.zeros((_ROWS, self.kernel.value_dim), jnp.float32), plgpu.Layout.WGMMA)
-        state: State = (mixed, most, weight)
-
-        @pl.when(group == 1)
-        def _() -> None:
-            plgpu.barrier_wait(self.refs["turn"].at[1])
+            own_segments = plgpu.load(self.segments[0].at[self.batch, pl.ds(first, ROWS)], layout=BY_ROW)
+        state = turns.begin()
 
         def step(block: jax.Array, state: State, *, masked: bool) -> State:
-            return self.mix(group, first, own_segments, block, state, masked=masked)
+            slot = lax.rem(block - self.begin, self.kernel.blocks.slots)
+            return turns.mix(slot, state, functools.partial(mask, block) if masked else None)
+
+        def mask(block: jax.Array, logits: jax.Array) -> jax.Array:
+            return jnp.where(self.seen(first, own_segments, block), logits, -jnp.inf)
 
         masked, whole = functools.partial(step, masked=True), functools.partial(step, masked=False)
         if self.case.window is not None:
@@ -294,89 +254,15 @@ class _Program:
         if self.case.causal or self.segments or self.kernel.num_keys % self.kernel.blocks.keys:
             state = lax.fori_loop(self.whole_end, self.end, masked, state)
 
-        @pl.when(group == 0)
-        def _() -> None:
-            plgpu.barrier_arrive(self.refs["turn"].at[1])
-
-        mixed, most, weight = state
-        total = jnp.where(weight == 0.0, 1.0, weight)
-        out, lse = self.refs.get("out", self.refs["q"]).at[group], self.refs["lse"].at[group]
-        out[...] = (mixed / lax.broadcast_in_dim(total, mixed.shape, [0])).astype(out.dtype)
-        lse[...] = jnp.where(weight == 0.0, -jnp.inf, most / _LOG2_E + jnp.log(total))
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out, self.out.at[self.batch, pl.ds(first, _ROWS), self.head])
-        plgpu.copy_smem_to_gmem(lse, self.lse.at[self.batch, self.head, pl.ds(first, _ROWS)])
+        out, lse = turns.end(state)
+        plgpu.copy_smem_to_gmem(out, self.out.at[self.batch, pl.ds(first, ROWS), self.head])
+        plgpu.copy_smem_to_gmem(lse, self.lse.at[self.batch, self.head, pl.ds(first, ROWS)])
         plgpu.wait_smem_to_gmem(0)
-
-    def mix(
-        self,
-        group: jax.Array,
-        first: jax.Array,
-        own_segments: jax.Array | None,
-        block: jax.Array,
-        state: State,
-        *,
-        masked: bool,
-    ) -> State:
-        """Take a block of keys and values into the running softmax. The turn is held at the beginning and the end."""
-        mixed, old_most, weight = state
-        slot = lax.rem(block - self.begin, self.kernel.blocks.slots)
-        keys, values, turn = self.refs["keys"].at[slot], self.refs["values"].at[slot], self.refs["turn"]
-        plgpu.barrier_wait(self.refs["keys_there"].at[slot])
-
-        def multiply(total: Any) -> jax.Array:
-            plgpu.wgmma(total, self.refs["q"].at[group], keys.transpose((1, 0)))
-            plgpu.barrier_arrive(turn.at[1 - group])
-            return total[...]
-
-        shape = (_ROWS, self.kernel.blocks.keys)
-        logits = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-        plgpu.barrier_arrive(self.refs["keys_done"].at[slot])
-        factor = self.case.scale * _LOG2_E
-        if self.case.soft_cap is not None:
-            logits = jnp.tanh(logits * (self.case.scale / self.case.soft_cap))
-            factor = self.case.soft_cap * _LOG2_E
-        if masked:
-            logits = jnp.where(self.seen(first, own_segments, block), logits, -jnp.inf)
-        most = jnp.maximum(old_most, jnp.max(logits, axis=1) * factor)
-        keep = jnp.exp2(old_most - most)
-        weights = jnp.exp2(logits * factor - lax.broadcast_in_dim(most, shape, [0]))
-        weight = weight * keep + jnp.sum(weights, axis=1)
-        mixed *= lax.broadcast_in_dim(keep, mixed.shape, [0])
-        # Nothing of the softmax may be put off until the tensor cores are this warpgroup's.
-        operand = weights.astype(self.case.dtype)
-        mixed, most, weight, operand = lax.optimization_barrier((mixed, most, weight, operand))
-        plgpu.barrier_wait(self.refs["values_there"].at[slot])
-        plgpu.barrier_wait(turn.at[group])
-        mixed = self.add(group, mixed, operand, values)
-        plgpu.barrier_arrive(self.refs["values_done"].at[slot])
-        return mixed, most, weight
-
-    def add(self, group: jax.Array, mixed: jax.Array, weights: jax.Array, values: Any) -> jax.Array:
-        """mixed + weights @ values. JAX's simulation knows no WGMMA from registers, nor an accumulator that begins with
-        a value: there the weights pass through shared memory, and the product is added."""
-        if not self.kernel.simulated:
-
-            def accumulate(total: Any) -> None:
-                plgpu.wgmma(total, weights, values)
-
-            run: Any = pl.run_state(accumulate)
-            return run(plgpu.WGMMAAccumulatorRef.init(mixed))
-        operand = self.refs["weights"].at[group]
-        operand[...] = weights
-        plgpu.commit_smem()
-
-        def multiply(total: Any) -> jax.Array:
-            plgpu.wgmma(total, operand, values)
-            return total[...]
-
-        shape = (_ROWS, self.kernel.value_dim)
-        return mixed + pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
     def seen(self, first: jax.Array, own_segments: jax.Array | None, block: jax.Array) -> jax.Array:
         """[64, keys]: which keys of a block each query sees. first: the first query, of the call's."""
         keys = self.kernel.blocks.keys
-        shape = (_ROWS, keys)
+        shape = (ROWS, keys)
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
         slot = block * keys + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
         seen = slot < self.kernel.num_keys

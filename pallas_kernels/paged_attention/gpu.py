@@ -29,19 +29,24 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.gpu_turns import WARPGROUPS
 from pallas_kernels.merge_attention.reference import merge
 from pallas_kernels.paged_attention.arguments import check
-from pallas_kernels.paged_attention.gpu_kernel import WARPGROUPS, Kernel
+from pallas_kernels.paged_attention.gpu_chunks import ChunkKernel
+from pallas_kernels.paged_attention.gpu_kernel import Kernel
 from pallas_kernels.paged_attention.gpu_layout import (
     ALIGNMENT,
     TILE_ROWS,
     Blocks,
+    ChunkBlocks,
     Layout,
     chip_name,
     choose_blocks,
+    choose_chunk_blocks,
     pool_shape,
     scales_shape,
     supports,
+    takes_turns,
 )
 from pallas_kernels.paged_attention.quantized import QuantizedPool, quantize
 from pallas_kernels.paged_attention.tpu_layout import Case, round_up
@@ -165,6 +170,7 @@ def paged_attention(
     sinks: jax.Array | None = None,
     *,
     blocks: Blocks | None = None,
+    chunk_blocks: ChunkBlocks | None = None,
     interpret: Any = None,
 ) -> tuple[Any, Pool]:
     """Write k and v into their pages, then let every query see its sequence's keys up to its own position.
@@ -173,7 +179,7 @@ def paged_attention(
     with a latent_dim, whose keys begin with their values.
     pool: of `pool_shape` (quantized: and `scales_shape`), updated in place where the caller donated it. batch: of
     `prepare`.
-    sinks [N] when the case has them. blocks: other than the tuned table gives.
+    sinks [N] when the case has them. blocks, chunk_blocks: other than the tuned table gives.
     interpret: an `InterpretGPUParams`, to simulate on a CPU.
     Returns ([T, N, H or latent_dim] in q's dtype, zero for padding tokens; the pool). Of a case whose keys several
     devices share the first is this device's part: what its keys mix, float32, and the log of their sum of exponentials,
@@ -183,18 +189,20 @@ def paged_attention(
     if (case.context > 1) != (batch.place is not None):
         raise ValueError(f"context={case.context}, but the batch's place is {batch.place}; prepare it for the case")
     blocks = blocks or choose_blocks(case, chip_name())
+    chunk_blocks = (chunk_blocks or choose_chunk_blocks(case, chip_name())) if takes_turns(case) else None
     layout = Layout.of(case)
     queries = jnp.pad(q.astype(case.dtype), ((0, 0), (0, 0), (0, layout.lanes - case.head_dim)))
     held = jax.tree.map(jax.new_ref, pool)
     arrays: dict[str, Any] = dict(zip(("pool", "scales"), jax.tree.leaves(held), strict=False))
     if k is not None:
-        arrays |= _as_written(case, layout, k, v, batch.own, blocks.keys)
+        most_keys = max(blocks.keys, 0 if chunk_blocks is None else chunk_blocks.keys)
+        arrays |= _as_written(case, layout, k, v, batch.own, most_keys)
     result = jnp.zeros((*q.shape[:2], layout.value_lanes), jnp.float32)
     lse = jnp.full(q.shape[:2], -jnp.inf)
     for tiles in batch.groups:
         decodes = tiles is batch.groups[0]
-        size = 1 if decodes else layout.tile_tokens
-        parts = _call(case, layout, blocks, size, decodes, queries, arrays, batch.table, tiles, interpret)
+        of_tiles = blocks if decodes or chunk_blocks is None else chunk_blocks
+        parts = _call(case, layout, of_tiles, decodes, queries, arrays, batch.table, tiles, interpret)
         own = jnp.maximum(tiles.of_token, 0)
         inside = (tiles.of_token >= 0)[:, None]
         result = jnp.where(inside[..., None], parts[0][own], result)
@@ -235,8 +243,7 @@ def _as_written(
 def _call(
     case: Case,
     layout: Layout,
-    blocks: Blocks,
-    size: int,
+    blocks: Blocks | ChunkBlocks,
     decodes: bool,
     queries: jax.Array,
     arrays: dict[str, Any],
@@ -248,6 +255,7 @@ def _call(
 
     arrays: the pool's, as references, and this step's keys and values, by the kernel's names for them.
     """
+    size = 1 if decodes else layout.tile_tokens
     num_tiles, num_tokens = tiles.row.shape[0], queries.shape[0]
     group, num_groups = layout.group, case.num_heads // layout.group
     rows = round_up(size * group, ALIGNMENT)
@@ -255,25 +263,28 @@ def _call(
     packed = queries[tokens].reshape(num_tiles, size, num_groups, group, layout.lanes).transpose(0, 2, 1, 3, 4)
     packed = packed.reshape(num_tiles, num_groups, size * group, layout.lanes)
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, rows - size * group), (0, 0)))
-    splits = _splits(case, blocks, num_tiles * num_groups, table.shape[1]) if decodes else 1
     arrays = {"queries": packed} | arrays | {"table": table.reshape(-1)}
     arrays |= {name: getattr(tiles, name) for name in ("row", "start", "count", "position", "cached")}
+    names, simulated, splits = (*arrays, "out", "lse"), interpret is not None, 1
+    if isinstance(blocks, ChunkBlocks):
+        body = ChunkKernel(case, layout, blocks, size, rows, table.shape[1], names, simulated)
+    else:
+        splits = _splits(case, blocks, num_tiles * num_groups, table.shape[1]) if decodes else 1
+        body = Kernel(case, layout, blocks, size, rows, splits, table.shape[1], names, decodes, simulated)
     shape = (splits, num_tiles, num_groups)
     out_dtype = jnp.float32 if splits > 1 or case.context > 1 else queries.dtype
-    names, simulated = (*arrays, "out", "lse"), interpret is not None
-    body = Kernel(case, layout, blocks, size, rows, splits, table.shape[1], names, decodes, simulated)
     out, lse = plgpu.kernel(
         body.run,
         out_type=[
             jax.ShapeDtypeStruct((*shape, rows, layout.value_lanes), out_dtype),
-            jax.ShapeDtypeStruct((*shape, TILE_ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, TILE_ROWS if decodes else layout.chunk_rows), jnp.float32),
         ],
         grid=(*shape[1:], splits),
         grid_names=("tile", "heads", "split"),
-        num_threads=layout.warpgroups,
+        num_threads=body.warpgroups,
         thread_name=WARPGROUPS,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        cost_estimate=_cost(case, layout, packed, splits, arrays["pool"].shape, table.shape),
+        cost_estimate=_cost(case, layout, packed, decodes, splits, arrays["pool"].shape, table.shape),
         interpret=interpret,
         kernel_name="paged_attention",
     )(*arrays.values())
@@ -297,17 +308,23 @@ def _splits(case: Case, blocks: Blocks, programs: int, width: int) -> int:
 
 
 def _cost(
-    case: Case, layout: Layout, packed: jax.Array, splits: int, pool: tuple[int, ...], table: tuple[int, ...]
+    case: Case,
+    layout: Layout,
+    packed: jax.Array,
+    decodes: bool,
+    splits: int,
+    pool: tuple[int, ...],
+    table: tuple[int, ...],
 ) -> pl.CostEstimate:
     """The most that tiles of these shapes can cost: tables full, their pages all different, as far as the pool goes.
 
-    Lengths are not known when the program is compiled. Every row of a tile of 64 is multiplied, real or not.
+    Lengths are not known when the program is compiled. Every row of a tile of 64 or 128 is multiplied, real or not.
     """
     num_tiles, num_groups, rows, lanes = packed.shape
     keys = min(pool[0], num_tiles * table[1]) * case.page_size
     if case.window is not None:
         keys = min(keys, num_tiles * (case.window + rows + case.page_size))
-    pairs = keys * num_groups * TILE_ROWS
+    pairs = keys * num_groups * (TILE_ROWS if decodes else layout.chunk_rows)
     held = packed.dtype.itemsize * lanes if case.kv_dtype is None else lanes + 4
     moved = layout.kinds * keys * case.num_kv_heads * held + packed.size * packed.dtype.itemsize
     moved += packed.size // lanes * layout.value_lanes * (packed.dtype.itemsize if splits == 1 else 4 * splits)

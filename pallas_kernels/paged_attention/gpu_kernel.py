@@ -14,11 +14,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_attention.gpu_turns import WARPGROUPS
 from pallas_kernels.paged_attention.gpu_layout import ALIGNMENT, TILE_ROWS, Blocks, Layout
+from pallas_kernels.paged_attention.gpu_tile import KINDS, Tile, copy_piece
 from pallas_kernels.paged_attention.tpu_layout import Case
 
 MASKED = -1e30  # finite: a block of which a query sees nothing yields numbers, which are then weighed with 0
-WARPGROUPS = "warpgroup"  # the axis of those that share a tile
 _LOG2_E = math.log2(math.e)
 
 _COLUMNS = 128  # lanes of the mixed values in one accumulator
@@ -27,7 +28,6 @@ _CLEANED = 64  # lanes that are cleaned at a time, beside accumulators in regist
 Mixed = tuple[jax.Array, ...]  # a warpgroup's share of the mixed values, [64, up to 128 lanes] each
 # Of the running softmax, by row: the largest logit, to base 2; the sum of weights; what earlier sums are scaled by.
 _MOST, _WEIGHT, _KEEP = range(3)
-_KINDS = "keys", "values"
 _BY_ROW, _BY_KEY = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -88,6 +88,10 @@ class Kernel:
         return self.case.kv_dtype is not None
 
     @property
+    def warpgroups(self) -> int:
+        return self.layout.warpgroups
+
+    @property
     def own_lanes(self) -> int:
         """Lanes of the mixed values that a warpgroup has."""
         return self.layout.value_lanes // self.layout.warpgroups
@@ -112,7 +116,9 @@ class Kernel:
             program = _Program(self, memory, {})
             if self.writes:
                 stage = plgpu.SMEM((self.layout.kinds, self.size, self.layout.lanes), self.held)
-                _scoped(program.write, stage, plgpu.Barrier(num_arrivals=self.layout.kinds * self.size))
+                barrier = plgpu.Barrier(num_arrivals=self.layout.kinds * self.size)
+                last = program.writes & (program.split == self.splits - 1) & (program.warpgroup == 0)
+                _scoped(lambda *buffers: pl.when(last)(lambda: program.write(*buffers)), stage, barrier)
             _scoped(
                 functools.partial(program.send, mixed, most, weight),
                 _matrix((self.layout.warpgroups, TILE_ROWS), self.own_lanes, memory["out"].dtype),
@@ -142,37 +148,21 @@ class Kernel:
         return scratch
 
 
-def _copy_piece(source: Any, target: Any, barrier: Any) -> None:
-    """One piece of memory to shared memory: without a promise about bounds it would go as a tensor, whose rows begin at
-    multiples of 128 bytes and have up to 256 numbers."""
-    plgpu.copy_gmem_to_smem(source, target, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
-
-
 def _scoped(function: Callable[..., Any], *buffers: Any) -> Any:
     return pl.run_scoped(function, *buffers, collective_axes=WARPGROUPS)
 
 
-class _Program:
+class _Program(Tile):
     """One program's work, on every warpgroup of it. The first leads: it begins all copies, and turns queries and keys
     into weights; each mixes its own lanes of the values.
 
-    memory: the references; refs: shared memory and barriers while keys are walked. Positions are counted from the first
-    that this device has a key of, and slots are where its keys are: of `context` positions, one.
+    refs: shared memory and barriers while keys are walked.
     """
 
     def __init__(self, kernel: Kernel, memory: dict[str, Any], refs: dict[str, Any]) -> None:
-        self.kernel, self.case, self.blocks, self.layout = kernel, kernel.case, kernel.blocks, kernel.layout
-        self.memory, self.refs = memory, refs
-        self.tile, self.heads, self.split = (lax.axis_index(name) for name in ("tile", "heads", "split"))
-        self.head = lax.div(self.heads, self.layout.parts)
-        self.warpgroup = lax.axis_index(WARPGROUPS)
-        names = "row", "start", "count", "position", "cached"
-        self.row, self.start, self.count, self.position, self.cached = (memory[name][self.tile] for name in names)
-        self.end = self.slots_before(self.position + self.count)
-
-    def slots_before(self, position: jax.Array) -> jax.Array:
-        context = self.case.context
-        return position if context == 1 else lax.div(position + (context - 1), context)
+        super().__init__(kernel.case, kernel.layout, memory, kernel.width, lax.axis_index("tile"))
+        self.kernel, self.blocks, self.refs = kernel, kernel.blocks, refs
+        self.split, self.warpgroup = lax.axis_index("split"), lax.axis_index(WARPGROUPS)
 
     def leads(self, function: Callable[[], None]) -> None:
         """Run it on the first warpgroup."""
@@ -263,13 +253,13 @@ class _Program:
 
         def copy(token: jax.Array, slot: jax.Array) -> None:
             for kind in range(self.layout.kinds):
-                some = self.memory[f"new_{_KINDS[kind]}"].at[pl.ds(token, copied), self.head]
-                target = self.refs[_KINDS[kind]].at[slot].at[pl.ds(0, copied)]
+                some = self.memory[f"new_{KINDS[kind]}"].at[pl.ds(token, copied), self.head]
+                target = self.refs[KINDS[kind]].at[slot].at[pl.ds(0, copied)]
                 plgpu.copy_gmem_to_smem(some, target, self.refs["new_there"])
                 if self.kernel.quantized:
                     scales = self.memory["new_scales"].at[kind, self.head].at[pl.ds(token, copied)]
                     target = self.refs["scales"].at[slot, kind].at[pl.ds(0, copied)]
-                    _copy_piece(scales, target, self.refs["new_there"])
+                    copy_piece(scales, target, self.refs["new_there"])
 
         def step(block: jax.Array, mixed: Mixed) -> Mixed:
             slot = lax.rem(block, self.blocks.slots)
@@ -283,18 +273,18 @@ class _Program:
 
     def copy_block(self, block: jax.Array, last_page: jax.Array, slot: Any) -> None:
         """Every copy of a block is made, for the barrier counts them; past the last page, it is of that one again."""
-        size, width, there = self.case.page_size, self.kernel.width, self.refs["there"].at[slot]
+        size, there = self.case.page_size, self.refs["there"].at[slot]
         pages = self.blocks.keys // size
         for index in range(pages):
             logical = jnp.minimum(block * pages + index, last_page)
-            page = self.memory["table"][self.row * width + lax.rem(logical, width)]
+            page = self.page(logical)
             within = pl.ds(index * size, size)
             for kind in range(self.layout.kinds):
                 source = self.memory["pool"].at[page, kind, self.head]
-                plgpu.copy_gmem_to_smem(source, self.refs[_KINDS[kind]].at[slot].at[within], there)
+                plgpu.copy_gmem_to_smem(source, self.refs[KINDS[kind]].at[slot].at[within], there)
                 if self.kernel.quantized:
                     source = self.memory["scales"].at[page, kind, self.head]
-                    _copy_piece(source, self.refs["scales"].at[slot, kind].at[within], there)
+                    copy_piece(source, self.refs["scales"].at[slot, kind].at[within], there)
 
     def mix(self, slot: Any, offset: jax.Array, oldest: jax.Array, end: jax.Array, mixed: Mixed) -> Mixed:
         """Take a block of keys and values, whose first key is in slot `offset`, into the running softmax.
@@ -302,7 +292,7 @@ class _Program:
         oldest, end: the slots that some query may see.
         """
         value = self.layout.kinds - 1
-        values = self.refs["wide"] if self.kernel.quantized else self.refs[_KINDS[value]].at[slot]
+        values = self.refs["wide"] if self.kernel.quantized else self.refs[KINDS[value]].at[slot]
 
         def lead() -> None:
             if self.kernel.quantized:
@@ -357,7 +347,7 @@ class _Program:
     def widen(self, slot: Any, kind: int, offset: jax.Array, oldest: jax.Array, end: jax.Array) -> None:
         """Keys or values of 8 bits, as the tensor cores read them; their scales are for logits and weights. Of float8
         what no query sees is 0, as in `clean`; every pattern of int8 is a finite number."""
-        held, wide, size = self.refs[_KINDS[kind]].at[slot], self.refs["wide"], _swizzle(self.layout.lanes, jnp.int8)
+        held, wide, size = self.refs[KINDS[kind]].at[slot], self.refs["wide"], _swizzle(self.layout.lanes, jnp.int8)
         layout = plgpu.Layout.WGMMA_UPCAST_2X
 
         def some(index: jax.Array, _: None) -> None:
@@ -410,36 +400,6 @@ class _Program:
             scales = self.scales(slot, self.layout.kinds - 1, shape)
             weights = jnp.where(seen & (scales < jnp.inf), weights * scales, 0.0)
         self.refs["weights"][...] = weights.astype(self.kernel.dtype)
-
-    def write(self, stage: Any, barrier: Any) -> None:
-        """Put the tile's own keys and values into their pages, once."""
-        size, width = self.case.page_size, self.kernel.width
-        last = (self.split == self.kernel.splits - 1) & (lax.rem(self.heads, self.layout.parts) == 0)
-        first = self.slots_before(self.position)
-        token = self.start + first - self.cached
-
-        @pl.when(last & (self.warpgroup == 0))
-        def _() -> None:
-            def fetch(index: jax.Array, _: None) -> None:
-                for kind in range(self.layout.kinds):
-                    source = self.memory[f"new_{_KINDS[kind]}"]
-                    _copy_piece(source.at[token + index, self.head], stage.at[kind, index], barrier)
-
-            lax.fori_loop(0, self.kernel.size, fetch, None)
-            plgpu.barrier_wait(barrier)
-
-            def one(index: jax.Array, _: None) -> None:
-                slot = first + index
-                page = self.memory["table"][self.row * width + lax.rem(lax.div(slot, size), width)]
-                within = lax.rem(slot, size)
-                for kind in range(self.layout.kinds):
-                    place = page, kind, self.head, within
-                    plgpu.copy_smem_to_gmem(stage.at[kind, index], self.memory["pool"].at[place])
-                    if self.kernel.quantized:
-                        self.memory["scales"][place] = self.memory["new_scales"][kind, self.head, token + index]
-
-            lax.fori_loop(0, self.end - first, one, None)
-            plgpu.wait_smem_to_gmem(0)
 
     def send(self, mixed: Mixed, most: jax.Array, weight: jax.Array, mixed_smem: Any, lse_smem: Any) -> None:
         """The mixed values and log-sum-exps, which are finite for the rows that saw a key."""

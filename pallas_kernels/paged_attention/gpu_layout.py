@@ -25,6 +25,8 @@ HEAD_MULTIPLE = 64  # 128 bytes, the widest swizzle, of a 16-bit type
 MAX_HEAD_DIM = 256
 MAX_LATENT_HEAD_DIM, MAX_LATENT_DIM = 576, 512  # of keys that begin with their values: DeepSeek's
 TILE_ROWS = 64  # rows of a WGMMA tile
+TURNS_ROWS = 128  # of the two tiles that take turns (gpu_chunks.py)
+WRITTEN_TOKENS = 16  # that gpu_chunks.py writes into their pages at a time
 ALIGNMENT = 8  # rows of a tile of shared memory
 SHARED_BYTES = 231424  # of a program: Hopper's 227 KiB, less a KiB for barriers
 PAGE_SIZES = (8, 16, 32, 64, 128)  # whole tiles of 8 rows, and blocks of whole pages
@@ -60,6 +62,14 @@ def supports(case: Case) -> str | None:
     return None
 
 
+def takes_turns(case: Case) -> bool:
+    """Whether chunks are for gpu_chunks.py, where two warpgroups take turns at the tensor cores. The others' are for
+    the kernel that decodes have too: pools of 8 bits, since the warpgroups would have to widen each block together;
+    latents, whose values fill two warpgroups' registers for 64 rows; keys that devices share, whose positions are not
+    next to each other; and a scale that is not above 0, with which the largest product is not the largest logit."""
+    return case.kv_dtype is None and case.latent_dim is None and case.context == 1 and case.scale > 0
+
+
 @dataclass(frozen=True)
 class Layout:
     """Sizes that follow from a case, in elements.
@@ -70,6 +80,7 @@ class Layout:
     group        query heads of a tile: those of a kv head, or a part of them where they are more than a tile's rows
     parts        so many tiles' heads are a kv head's
     warpgroups   that share a tile: the values that one mixes have to fit its registers
+    chunk_rows   of a tile of a chunk
     """
 
     kinds: int
@@ -78,6 +89,7 @@ class Layout:
     group: int
     parts: int
     warpgroups: int
+    chunk_rows: int
 
     @classmethod
     def of(cls, case: Case) -> Layout:
@@ -93,12 +105,13 @@ class Layout:
             group=group,
             parts=heads // group,
             warpgroups=warpgroups,
+            chunk_rows=TURNS_ROWS if takes_turns(case) else TILE_ROWS,
         )
 
     @property
     def tile_tokens(self) -> int:
         """Tokens of a chunk that are a tile."""
-        return TILE_ROWS // self.group
+        return self.chunk_rows // self.group
 
 
 def pool_shape(case: Case, num_pages: int) -> tuple[int, int, int, int, int]:
@@ -126,6 +139,14 @@ class Blocks:
     programs: int
 
 
+@dataclass(frozen=True)
+class ChunkBlocks:
+    """Sizes that gpu_chunks.py works in: keys of a block, and how many blocks shared memory holds."""
+
+    keys: int
+    slots: int
+
+
 @functools.cache
 def _tuned(chip: str) -> dict[str, int]:
     """The table of a chip ("h100", "h200"), or the conservative default's for one that nobody tuned."""
@@ -150,6 +171,22 @@ def choose_blocks(case: Case, chip: str = "default") -> Blocks:
             if blocks.slots >= least and shared_bytes(case, blocks) <= table["shared_bytes"] // programs:
                 return blocks
     return sizes[-1]
+
+
+def choose_chunk_blocks(case: Case, chip: str = "default") -> ChunkBlocks:
+    """As many slots as there is room for."""
+    table = _tuned(chip)
+    keys = table["chunk_keys" if Layout.of(case).lanes <= 128 else "chunk_keys_above_128_lanes"]
+    sizes = [ChunkBlocks(keys, slots) for slots in range(table["max_slots"], 0, -1)]
+    return next(blocks for blocks in sizes if chunk_shared_bytes(case, blocks) <= table["shared_bytes"])
+
+
+def chunk_shared_bytes(case: Case, blocks: ChunkBlocks) -> int:
+    """Shared memory of gpu_chunks.py's buffers."""
+    layout = Layout.of(case)
+    stage = layout.kinds * min(WRITTEN_TOKENS, layout.tile_tokens)
+    rows = TURNS_ROWS + blocks.slots * layout.kinds * blocks.keys + stage
+    return 2 * rows * layout.lanes + 4 * TURNS_ROWS
 
 
 def shared_bytes(case: Case, blocks: Blocks) -> int:
