@@ -182,11 +182,11 @@ def choose_chunk_blocks(case: Case, chip: str = "default") -> ChunkBlocks:
 
 
 def chunk_shared_bytes(case: Case, blocks: ChunkBlocks) -> int:
-    """Shared memory of gpu_chunks.py's buffers."""
+    """Shared memory of gpu_chunks.py's buffers, each in whole KiB."""
     layout = Layout.of(case)
     stage = layout.kinds * min(WRITTEN_TOKENS, layout.tile_tokens)
-    rows = TURNS_ROWS + blocks.slots * layout.kinds * blocks.keys + stage
-    return 2 * rows * layout.lanes + 4 * TURNS_ROWS
+    rows = TURNS_ROWS, blocks.slots * layout.kinds * blocks.keys, stage
+    return sum(round_up(2 * count * layout.lanes, 1024) for count in rows) + 1024
 
 
 def shared_bytes(case: Case, blocks: Blocks) -> int:

@@ -133,12 +133,32 @@ def test_tpu(monkeypatch: pytest.MonkeyPatch, case: AttentionCase, cached: tuple
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(ON_GPUS))
 def test_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    case, cached, programs, most = ON_GPUS[name]
+    check(copies_of_gpu(monkeypatch, ragged_of(case, cached), programs), case, cached, most)
+
+
+@simulated
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 128])
+def test_chunk_on_a_gpu(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """Three tiles, each of which reads the pages before the chunk once for a kv head, in blocks of 128 keys from its
+    oldest page on; the chunk's own keys and values are not read from pages."""
+    case = bfloat16_case(**GQA, window=window)
+    ragged = Ragged(case, [(1500, 40)], 40, 2, 97 if window is None else 12)
+    copies = copies_of_gpu(monkeypatch, ragged, 1)
+    oldest = [0 if window is None else 1500 + first - window + 1 for first in range(0, 40, 16)]
+    blocks = sum(-(-(1500 - key // 16 * 16) // 128) for key in oldest)
+    assert copies.bytes["pool read"] == blocks * 128 * 2 * 2 * 128 * 2
+    assert copies.bytes["pool write"] == 40 * 2 * 2 * 128 * 2
+
+
+def copies_of_gpu(monkeypatch: pytest.MonkeyPatch, ragged: Ragged, programs: int) -> Copies:
+    """Simulate a step, with so many programs for decodes."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.paged_attention import gpu
 
-    case, cached, programs, most = ON_GPUS[name]
-    copies = Copies()
+    case, copies = ragged.case, Copies()
     pool_shapes = gpu.pool_shape(case, 1)[1:], gpu.scales_shape(case, 1)[1:]
 
     def counted(original: Callable[..., None], verb: str) -> Callable[..., None]:
@@ -151,9 +171,8 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
     monkeypatch.setattr(plgpu, "copy_gmem_to_smem", counted(plgpu.copy_gmem_to_smem, "read"))
     monkeypatch.setattr(plgpu, "copy_smem_to_gmem", counted(plgpu.copy_smem_to_gmem, "write"))
-    ragged = ragged_of(case, cached)
     batch = ragged.batch
-    prepared = gpu.prepare(case, len(cached), batch.page_tables[0], batch.query_start, batch.kv_len)
+    prepared = gpu.prepare(case, ragged.num_tokens, batch.page_tables[0], batch.query_start, batch.kv_len)
 
     def run(q: Any, k: Any, v: Any, pool: Any) -> Any:
         blocks = gpu_layout.Blocks(keys=64, slots=2, programs=programs)
@@ -165,7 +184,7 @@ def test_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         pool = QuantizedPool(pool, jnp.zeros(gpu.scales_shape(case, len(ragged.pool))))
     jax.block_until_ready(compiled(run)(*ragged.inputs(), pool))
     jax.effects_barrier()
-    check(copies, case, cached, most)
+    return copies
 
 
 def compiled(run: Callable[..., Any]) -> Callable[..., Any]:

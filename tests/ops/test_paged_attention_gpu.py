@@ -19,18 +19,20 @@ from jaxinfer.ops.paged_attention import AttentionCase, choose_backend
 from pallas_kernels.merge_attention.reference import merge
 from pallas_kernels.paged_attention import gpu_layout
 from pallas_kernels.paged_attention.cases import CASES, FP8
-from pallas_kernels.paged_attention.gpu_layout import Blocks, pool_shape
+from pallas_kernels.paged_attention.gpu_layout import Blocks, ChunkBlocks, Layout, pool_shape
 from tests.ops.ragged import Ragged, make_case
 from tests.ops.simulation import simulated
 
 gpu_case = functools.partial(
     make_case, platform="gpu", page_size=16, head_dim=64, dtype="bfloat16", num_heads=4, num_kv_heads=2, scale=0.125
 )
-BLOCKS = Blocks(keys=64, slots=2, programs=1)
+BLOCKS, CHUNK_BLOCKS = Blocks(keys=64, slots=2, programs=1), ChunkBlocks(keys=64, slots=2)
 
 
 @functools.cache
-def attend(case: AttentionCase, blocks: Blocks | None, shares: bool) -> Callable[..., tuple[Any, Any]]:
+def attend(
+    case: AttentionCase, blocks: Blocks | None, shares: bool, chunk_blocks: ChunkBlocks | None = CHUNK_BLOCKS
+) -> Callable[..., tuple[Any, Any]]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     from pallas_kernels.paged_attention import gpu
@@ -39,13 +41,15 @@ def attend(case: AttentionCase, blocks: Blocks | None, shares: bool) -> Callable
         place = None if case.context == 1 else place
         prepared = gpu.prepare(case, q.shape[0], batch.page_tables[0], batch.query_start, batch.kv_len, place)
         new = (None, None) if shares else (k, v)
-        interpret = plgpu.InterpretGPUParams()
-        return gpu.paged_attention(case, q, *new, pool, prepared, sinks, blocks=blocks, interpret=interpret)
+        options = {"blocks": blocks, "chunk_blocks": chunk_blocks, "interpret": plgpu.InterpretGPUParams()}
+        return gpu.paged_attention(case, q, *new, pool, prepared, sinks, **options)
 
     return jax.jit(run, donate_argnums=3, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def check(ragged: Ragged, blocks: Blocks | None = BLOCKS) -> tuple[np.ndarray, Any]:
+def check(
+    ragged: Ragged, blocks: Blocks | None = BLOCKS, chunk_blocks: ChunkBlocks | None = CHUNK_BLOCKS
+) -> tuple[np.ndarray, Any]:
     """Hold outputs, padding and every page to the oracle: new slots hold the new tokens, the others what they did.
 
     Returns the outputs, and the pool of the last of the devices that share the keys.
@@ -66,7 +70,9 @@ def check(ragged: Ragged, blocks: Blocks | None = BLOCKS) -> tuple[np.ndarray, A
 
     for place in range(case.context):
         own = jax.tree.map(lambda leaf, place=place: padded(leaf[place]), before)
-        out, pool = attend(case, blocks, False)(*ragged.inputs(), own, ragged.batch, sinks, jnp.int32(place))
+        out, pool = attend(case, blocks, False, chunk_blocks)(
+            *ragged.inputs(), own, ragged.batch, sinks, jnp.int32(place)
+        )
         parts.append(out)
         pools.append(jax.tree.map(cut, pool))
     out = parts[0] if case.context == 1 else merge(*map(jnp.stack, zip(*parts, strict=True)))[0]
@@ -92,7 +98,7 @@ def check(ragged: Ragged, blocks: Blocks | None = BLOCKS) -> tuple[np.ndarray, A
 KINDS = (
     (gpu_case(), 24, 5, 16, 200),
     (gpu_case(num_heads=3, num_kv_heads=1, window=70, has_sinks=True), 16, 4, 8, 300),
-    (gpu_case(num_kv_heads=4, soft_cap=2.0, head_dim=40), 80, 3, 10, 70),
+    (gpu_case(num_kv_heads=4, soft_cap=2.0, head_dim=40), 160, 3, 16, 70),
     (gpu_case(kv_dtype="int8", num_heads=3, num_kv_heads=1, window=70, has_sinks=True), 16, 4, 8, 300),
     (gpu_case(kv_dtype=FP8, soft_cap=2.0, head_dim=128, page_size=32), 24, 4, 7, 150),
     (gpu_case(num_kv_heads=1, head_dim=96, latent_dim=70, page_size=8), 16, 3, 16, 100),
@@ -108,7 +114,7 @@ def ragged_batches(draw: st.DrawFn) -> Ragged:
     case, num_tokens, num_sequences, width, longest = draw(st.sampled_from(KINDS))
     lengths, room = [], num_tokens
     for _ in range(draw(st.integers(0, num_sequences))):
-        new = min(draw(st.sampled_from((1, 1, 1, 0, 2, 9, 12, 70))), room)
+        new = min(draw(st.sampled_from((1, 1, 1, 0, 2, 9, 12, 70, 140))), room)
         room -= new
         most = longest if case.window is not None else min(longest, width * case.page_size - new)
         lengths.append((draw(st.integers(0, most)) if new else 0, new))
@@ -126,7 +132,51 @@ def test_matches_oracle_and_leaks_no_nan(ragged: Ragged) -> None:
 @simulated
 @pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_decodes_and_chunks_together(slots: int) -> None:
-    check(Ragged(gpu_case(), [(200, 1), (0, 1), (18, 11)], 16, 4, 16), Blocks(keys=64, slots=slots, programs=1))
+    ragged = Ragged(gpu_case(), [(200, 1), (0, 1), (18, 11)], 16, 4, 16)
+    check(ragged, Blocks(keys=64, slots=slots, programs=1), ChunkBlocks(keys=64, slots=slots))
+
+
+# Case, (cached, new) of each row, width of a page table.
+CHUNKS = {
+    "a window over a ring": (
+        gpu_case(num_heads=3, num_kv_heads=1, window=70, has_sinks=True),
+        [(150, 1), (300, 60), (5, 45)],
+        9,
+    ),
+    "tiles of 64 tokens": (gpu_case(), [(9, 1), (40, 150), (0, 3), (130, 2)], 16),
+    "a head for each key, and a soft cap": (gpu_case(num_kv_heads=4, soft_cap=2.0, head_dim=40), [(70, 200)], 20),
+    "one kv head": (gpu_case(num_heads=12, num_kv_heads=1, head_dim=128), [(3, 1), (300, 25), (0, 30)], 24),
+    "head dim 128": (gpu_case(head_dim=128, num_heads=8), [(3, 1), (300, 90), (0, 40)], 30),
+    "head dim 192, float16, pages of two blocks": (
+        gpu_case(head_dim=192, num_kv_heads=1, dtype="float16", page_size=128),
+        [(140, 90)],
+        3,
+    ),
+    "head dim 256, a window and a soft cap": (gpu_case(head_dim=256, window=100, soft_cap=5.0), [(200, 90)], 24),
+    "pages of 8": (gpu_case(page_size=8), [(131, 1), (61, 75), (0, 2)], 20),
+    "heads of two tiles": (gpu_case(num_heads=70, num_kv_heads=1), [(70, 1), (18, 11)], 8),
+}
+
+
+@simulated
+@pytest.mark.parametrize(
+    "name",
+    [name if index == 0 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(CHUNKS)],
+)
+def test_chunks(name: str) -> None:
+    """Of several tiles each, beside decodes, with and without a cache before them; in blocks as the table has them."""
+    case, lengths, width = CHUNKS[name]
+    num_tokens = sum(new for _, new in lengths) + 3
+    check(Ragged(case, lengths, num_tokens, len(lengths) + 1, width), chunk_blocks=None)
+
+
+def test_tiles_of_chunks() -> None:
+    """Rows for two warpgroups that take turns, where they do."""
+    assert Layout.of(gpu_case()).tile_tokens == 64
+    assert Layout.of(gpu_case(num_heads=14)).tile_tokens == 18
+    for changes in ({"kv_dtype": "int8"}, {"context": 2}, {"num_kv_heads": 1, "latent_dim": 64}, {"scale": -1.0}):
+        case = gpu_case(**changes)
+        assert Layout.of(case).tile_tokens == 64 // case.group_size
 
 
 @simulated
@@ -268,3 +318,5 @@ def test_real_models_fit_shared_memory() -> None:
             blocks = gpu_layout.choose_blocks(case)
             assert blocks.slots >= (1 if case is largest else 2), case.name
             assert gpu_layout.shared_bytes(case, blocks) <= gpu_layout.SHARED_BYTES, case.name
+            chunk_blocks = gpu_layout.choose_chunk_blocks(case)
+            assert not gpu_layout.takes_turns(case) or chunk_blocks.slots >= 2, case.name
