@@ -2,7 +2,8 @@
 
 A program serves 128 queries of one head with three warpgroups. One only copies: blocks of keys and values, by the
 tensor memory accelerator, into a ring of buffers. The other two have 64 queries each, and take turns at the tensor
-cores: while one multiplies, the other is at its softmax. The weights go from registers into the second product.
+cores: while one multiplies, the other is at its softmax. The weights go from registers into the second product
+(gpu_turns.py).
 
 Blocks that every query of the program sees whole are not masked; those of which none sees anything are not visited.
 """

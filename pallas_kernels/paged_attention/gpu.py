@@ -1,10 +1,13 @@
 """Ragged paged attention for Hopper GPUs (Mosaic GPU, sm_90): writes a step's keys and values into their pages and
 attends, in one call.
 
-A program of one warpgroup serves one kv head of one tile of queries: a decode, or some tokens of a chunk, with all
-query heads of that kv head as rows of one WGMMA tile of 64. It walks blocks of pages with a running softmax in float32
-(FlashAttention, arXiv:2205.14135); the tensor memory accelerator copies pages into a ring of buffers ahead of it. Where
-there are few tiles, the keys of a decode are split over several programs, and their results merged (flash decoding).
+A program serves one kv head of one tile of queries: a decode, or some tokens of a chunk, with all query heads of that
+kv head as rows of a WGMMA tile. It walks blocks of pages with a running softmax in float32 (FlashAttention,
+arXiv:2205.14135); the tensor memory accelerator copies pages into a ring of buffers ahead of it. A decode's is of one
+warpgroup and 64 rows (gpu_kernel.py), and where there are few, the keys of a decode are split over several programs,
+and their results merged (flash decoding). A chunk's has 128 rows, one warpgroup that only copies and two that take
+turns at the tensor cores (gpu_chunks.py); which chunks that cannot serve, gpu_layout.takes_turns says: they have the
+decodes' kernel.
 
 The keys and values of this step's own tokens are read from where the model left them, and not from their pages. So no
 program waits for another one's writes: each writes its own tile's tokens, and what lies in those slots is never read.

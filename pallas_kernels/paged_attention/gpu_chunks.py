@@ -12,6 +12,7 @@ end of the pages, and between the first block of the step's own keys and the dia
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from pallas_kernels.paged_attention.gpu_tile import KINDS, Tile
 from pallas_kernels.paged_attention.tpu_layout import Case
 
 _CLEANED = 64  # keys and lanes of the values that are cleaned at a time, beside accumulators in registers
+
+_LOOKED_UP = 8  # pages that are looked up at a time, in few registers
 
 
 @dataclass(frozen=True)
@@ -177,48 +180,50 @@ class _Program(Tile):
         keys, size, piece, slots = self.blocks.keys, self.case.page_size, self.kernel.piece, self.blocks.slots
         slot, num_pieces = lax.rem(index, slots), keys // piece
 
-        def into(kind: int, piece_of: Any) -> None:
-            """piece_of: gives the source of each piece of the block. The barrier counts them."""
-            name = KINDS[kind]
+        def into(kind: int, sources: Callable[[int, list[Any]], list[Any]]) -> None:
+            """sources: gives those of some pieces of the block. The barrier counts pieces."""
+            name, at_once = KINDS[kind], min(num_pieces, _LOOKED_UP)
 
-            @pl.when(index >= slots)
-            def _() -> None:
-                plgpu.barrier_wait(self.refs[f"{name}_done"].at[slot])
+            def some(begin: Any) -> None:
+                parts = [begin + part for part in range(at_once)]
+                found = sources(kind, parts)
 
-            for part in range(num_pieces):
-                target = self.refs[name].at[slot].at[pl.ds(part * piece, piece)]
-                plgpu.copy_gmem_to_smem(piece_of(kind, part), target, self.refs[f"{name}_there"].at[slot])
+                @pl.when((index >= slots) & (begin == 0))
+                def _() -> None:
+                    plgpu.barrier_wait(self.refs[f"{name}_done"].at[slot])
 
-        def of_pages() -> None:
+                for part, source in zip(parts, found, strict=True):
+                    target = self.refs[name].at[slot].at[pl.ds(_multiple(part * piece, piece), piece)]
+                    plgpu.copy_gmem_to_smem(source, target, self.refs[f"{name}_there"].at[slot])
+
+            if at_once == num_pieces:
+                some(0)
+            else:
+                lax.fori_loop(0, num_pieces // at_once, lambda turn, _: some(turn * at_once), None)
+
+        def of_pages(kind: int, parts: list[Any]) -> list[Any]:
             first = self.pages.origin + index * keys
             last_page = lax.div(self.pages.last, size)  # past it, it is copied again
-            pages = [
-                self.page(jnp.minimum(lax.div(first + part * piece, size), last_page)) for part in range(num_pieces)
-            ]
+            pages = [self.page(jnp.minimum(lax.div(first + part * piece, size), last_page)) for part in parts]
+            found = [self.memory["pool"].at[page, kind, self.head] for page in pages]
+            if piece == size:
+                return found
+            within = [_multiple(lax.rem(first + part * piece, size), piece) for part in parts]
+            return [page.at[pl.ds(slot, piece)] for page, slot in zip(found, within, strict=True)]
 
-            def piece_of(kind: int, part: int) -> Any:
-                page = self.memory["pool"].at[pages[part], kind, self.head]
-                if piece == size:
-                    return page
-                return page.at[pl.ds(pl.multiple_of(lax.rem(first + part * piece, size), piece), piece)]
-
-            for kind in range(self.layout.kinds):
-                into(kind, piece_of)
-
-        def of_new() -> None:
+        def of_new(kind: int, parts: list[Any]) -> list[Any]:
             first = self.first_token + (index - self.pages.end) * keys
+            tokens = [pl.ds(_multiple(first + part * piece, ALIGNMENT), piece) for part in parts]
+            return [self.memory[f"new_{KINDS[kind]}"].at[some, self.head] for some in tokens]
 
-            def piece_of(kind: int, part: int) -> Any:
-                tokens = pl.ds(pl.multiple_of(first + part * piece, ALIGNMENT), piece)
-                return self.memory[f"new_{KINDS[kind]}"].at[tokens, self.head]
-
+        def block_from(sources: Callable[[int, list[Any]], list[Any]]) -> None:
             for kind in range(self.layout.kinds):
-                into(kind, piece_of)
+                into(kind, sources)
 
         if self.kernel.writes:
-            lax.cond(index < self.pages.end, of_pages, of_new)
+            lax.cond(index < self.pages.end, lambda: block_from(of_pages), lambda: block_from(of_new))
         else:
-            of_pages()
+            block_from(of_pages)
 
     def attend(self, group: jax.Array) -> None:
         """The rows of one warpgroup, over all blocks."""
@@ -294,3 +299,8 @@ class _Program(Tile):
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.refs["clean"])
             plgpu.barrier_wait(self.refs["clean"])
+
+
+def _multiple(number: Any, factor: int) -> Any:
+    """A promise of what an index is a multiple of; a number that is known needs none."""
+    return number if isinstance(number, int) else pl.multiple_of(number, factor)

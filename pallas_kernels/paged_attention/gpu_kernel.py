@@ -1,4 +1,5 @@
-"""The body of the GPU kernel: one tile of queries, heads of one kv head, one share of the keys. See gpu.py."""
+"""The body of the GPU kernel for decodes, and for the chunks that gpu_chunks.py does not serve: one tile of queries,
+heads of one kv head, one share of the keys. See gpu.py."""
 
 from __future__ import annotations
 
