@@ -31,7 +31,11 @@ BLOCKS, CHUNK_BLOCKS = Blocks(keys=64, slots=2, programs=1), ChunkBlocks(keys=64
 
 @functools.cache
 def attend(
-    case: AttentionCase, blocks: Blocks | None, shares: bool, chunk_blocks: ChunkBlocks | None = CHUNK_BLOCKS
+    case: AttentionCase,
+    blocks: Blocks | None,
+    shares: bool,
+    chunk_blocks: ChunkBlocks | None = CHUNK_BLOCKS,
+    detect_races: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -41,14 +45,18 @@ def attend(
         place = None if case.context == 1 else place
         prepared = gpu.prepare(case, q.shape[0], batch.page_tables[0], batch.query_start, batch.kv_len, place)
         new = (None, None) if shares else (k, v)
-        options = {"blocks": blocks, "chunk_blocks": chunk_blocks, "interpret": plgpu.InterpretGPUParams()}
+        interpret = plgpu.InterpretGPUParams(detect_races=detect_races)
+        options = {"blocks": blocks, "chunk_blocks": chunk_blocks, "interpret": interpret}
         return gpu.paged_attention(case, q, *new, pool, prepared, sinks, **options)
 
     return jax.jit(run, donate_argnums=3, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def check(
-    ragged: Ragged, blocks: Blocks | None = BLOCKS, chunk_blocks: ChunkBlocks | None = CHUNK_BLOCKS
+    ragged: Ragged,
+    blocks: Blocks | None = BLOCKS,
+    chunk_blocks: ChunkBlocks | None = CHUNK_BLOCKS,
+    detect_races: bool = False,
 ) -> tuple[np.ndarray, Any]:
     """Hold outputs, padding and every page to the oracle: new slots hold the new tokens, the others what they did.
 
@@ -168,6 +176,24 @@ def test_chunks(name: str) -> None:
     case, lengths, width = CHUNKS[name]
     num_tokens = sum(new for _, new in lengths) + 3
     check(Ragged(case, lengths, num_tokens, len(lengths) + 1, width), chunk_blocks=None)
+
+
+@simulated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "lengths"),
+    [
+        ({}, [(30, 1), (48, 150), (320, 2)]),
+        ({"num_kv_heads": 1, "window": 100, "soft_cap": 2.0, "has_sinks": True}, [(320, 130)]),
+        ({"head_dim": 128, "num_kv_heads": 1}, [(5, 1), (256, 40)]),
+    ],
+    ids=["several tiles", "a window", "two pieces to clean"],
+)
+def test_no_races(changes: dict[str, Any], lengths: list[tuple[int, int]]) -> None:
+    """Simulated so that races raise, as far as the simulator sees them. The chunks begin with a page: of others the
+    first page is copied while it is written, and what may come of that is zeroed."""
+    num_tokens = sum(new for _, new in lengths) + 3
+    check(Ragged(gpu_case(**changes), lengths, num_tokens, len(lengths) + 1, 32), detect_races=True)
 
 
 def test_tiles_of_chunks() -> None:
