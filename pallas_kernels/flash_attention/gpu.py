@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.flash_attention.cases import FlashCase
 from pallas_kernels.flash_attention.gpu_turns import BY_ROW, GROUPS, ROWS, WARPGROUPS, State, Turns, buffers, split
 from pallas_kernels.flash_attention.reference import Segments, check
@@ -30,7 +31,6 @@ from pallas_kernels.flash_attention.xla import visible_blocks
 DTYPES = ("bfloat16", "float16")
 HEAD_MULTIPLE = 64  # 128 bytes, the widest swizzle, of a 16-bit type
 MAX_HEAD_DIM = 256
-MIN_JAX = (0, 12)  # of which Mosaic GPU's interface and its simulation are
 _QUERIES = GROUPS * ROWS
 
 
@@ -46,8 +46,8 @@ def supports(case: FlashCase) -> str | None:
     """None, or the reason why the kernel cannot serve the case."""
     if case.fault() is not None:
         return case.fault()
-    if jax.__version_info__[:2] < MIN_JAX:
-        return f"JAX {jax.__version__} is older than {'.'.join(map(str, MIN_JAX))}, whose Mosaic GPU the kernel needs"
+    if (reason := mosaic_gpu.refusal()) is not None:
+        return reason
     if case.dtype not in DTYPES:
         return f"dtype {case.dtype} is not one of {', '.join(DTYPES)}"
     if case.scale <= 0:
@@ -105,7 +105,7 @@ def flash_attention(
         num_threads=GROUPS + 1,
         thread_name=WARPGROUPS,
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        cost_estimate=_cost(case, batch, num_queries, num_keys),
+        **mosaic_gpu.cost(_cost(case, batch, num_queries, num_keys)),
         interpret=interpret,
         kernel_name="flash_attention",
     )(q, k, v, *of_segments, starts)

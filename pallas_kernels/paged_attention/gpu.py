@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.flash_attention.gpu_turns import WARPGROUPS
 from pallas_kernels.merge_attention.reference import merge
 from pallas_kernels.paged_attention.arguments import check
@@ -287,7 +288,7 @@ def _call(
         num_threads=body.warpgroups,
         thread_name=WARPGROUPS,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        cost_estimate=_cost(case, layout, packed, decodes, splits, arrays["pool"].shape, table.shape),
+        **mosaic_gpu.cost(_cost(case, layout, packed, decodes, splits, arrays["pool"].shape, table.shape)),
         interpret=interpret,
         kernel_name="paged_attention",
     )(*arrays.values())

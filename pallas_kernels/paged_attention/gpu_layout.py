@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.paged_attention.quantized import LARGEST
 from pallas_kernels.paged_attention.tpu_layout import Case, round_up
 
@@ -30,13 +31,12 @@ WRITTEN_TOKENS = 16  # that gpu_chunks.py writes into their pages at a time
 ALIGNMENT = 8  # rows of a tile of shared memory
 SHARED_BYTES = 231424  # of a program: Hopper's 227 KiB, less a KiB for barriers
 PAGE_SIZES = (8, 16, 32, 64, 128)  # whole tiles of 8 rows, and blocks of whole pages
-MIN_JAX = (0, 12)  # of which Mosaic GPU's interface and its simulation are
 
 
 def supports(case: Case) -> str | None:
     """None, or the reason why the kernel cannot serve the case."""
-    if jax.__version_info__[:2] < MIN_JAX:
-        return f"JAX {jax.__version__} is older than {'.'.join(map(str, MIN_JAX))}, whose Mosaic GPU the kernel needs"
+    if (reason := mosaic_gpu.refusal()) is not None:
+        return reason
     if case.dtype not in DTYPES:
         return f"dtype {case.dtype} is not one of {', '.join(DTYPES)}"
     if case.kv_dtype is not None and case.kv_dtype not in KV_DTYPES:

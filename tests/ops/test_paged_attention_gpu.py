@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from jaxinfer.ops import paged_attention_gpu
 from jaxinfer.ops.paged_attention import AttentionCase, choose_backend
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.merge_attention.reference import merge
 from pallas_kernels.paged_attention import gpu_layout
 from pallas_kernels.paged_attention.cases import CASES, FP8
@@ -293,7 +294,7 @@ def test_reads_another_layers_pool() -> None:
     ],
 )
 def test_refusals(changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_layout, "MIN_JAX", (0, 0))
+    monkeypatch.setattr(mosaic_gpu, "MIN_JAX", (0, 0))
     assert gpu_layout.supports(gpu_case(**changes)) == reason
 
 
@@ -302,12 +303,12 @@ def test_other_gpus_get_xla_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> N
     backend, refusals = choose_backend(gpu_case())
     assert (backend.name, refusals["pallas_gpu"]) == ("xla", "the GPU's compute capability is 8.0, not 9.0 (Hopper)")
     monkeypatch.setattr(paged_attention_gpu, "_capability", lambda: "9.0")
-    monkeypatch.setattr(gpu_layout, "MIN_JAX", (0, 0))
+    monkeypatch.setattr(mosaic_gpu, "MIN_JAX", (0, 0))
     backend, refusals = choose_backend(gpu_case())
     assert backend.name == "xla"
     assert "has never run on a GPU" in refusals["pallas_gpu"]
     assert choose_backend(gpu_case(), forced="pallas_gpu")[0].name == "pallas_gpu"
-    monkeypatch.setattr(gpu_layout, "MIN_JAX", (99, 0))
+    monkeypatch.setattr(mosaic_gpu, "MIN_JAX", (99, 0))
     assert "is older than 99.0" in choose_backend(gpu_case())[1]["pallas_gpu"]
 
 

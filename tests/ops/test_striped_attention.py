@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from jaxinfer.ops.paged_attention import BACKENDS, AttentionCase, attend, choose_backend, prepare
 from jaxinfer.ops.paged_attention_context import describe, rounds
 from jaxinfer.sharding.spmd import all_parts, by_device, in_order, own_part, rows_at
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.paged_attention import gpu_layout
 from tests.ops.ragged import Ragged, make_case
 
@@ -165,7 +166,7 @@ def test_reads_another_layers_keys(name: str) -> None:
 def test_who_serves_shared_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(context=2, head_dim=128, num_heads=8, page_size=16, dtype="bfloat16", platform="tpu")
     assert choose_backend(case)[0].name == "pallas_tpu"
-    monkeypatch.setattr(gpu_layout, "MIN_JAX", (0, 0))
+    monkeypatch.setattr(mosaic_gpu, "MIN_JAX", (0, 0))
     assert gpu_layout.supports(replace(case, platform="gpu")) is None
 
 
