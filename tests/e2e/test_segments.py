@@ -27,9 +27,11 @@ def model_of(*layers: LayerConfig, per_layer: int = 0) -> ModelConfig:
     )
 
 
-def plan_of(*layers: LayerConfig) -> Plan:
+def plan_of(*layers: LayerConfig, platform: str = "tpu") -> Plan:
+    """As it would be on another platform."""
     config = EngineConfig("x", max_model_len=64, num_pages=20, max_num_seqs=2)
-    return resolve(config, model_of(*layers), np.dtype("float32"), make_mesh(None))
+    plan = resolve(config, model_of(*layers), np.dtype("float32"), make_mesh(None))
+    return replace(plan, layers=tuple(replace(own, case=replace(own.case, platform=platform)) for own in plan.layers))
 
 
 def cuts(plan: Plan) -> tuple[list[int], int]:
@@ -43,6 +45,13 @@ def test_equal_layers_share_one_program() -> None:
     assert cuts(plan_of(*[FULL] * 30)) == ([5] * 6, 1)
     assert cuts(plan_of(*[FULL] * 32)) == ([4] * 8, 1)
     assert cuts(plan_of(*[FULL] * 3)) == ([3], 1)
+
+
+def test_segments_are_shorter_on_a_cpu() -> None:
+    assert cuts(plan_of(*[FULL] * 30, platform="cpu")) == ([2] * 15, 1)
+    assert cuts(plan_of(*[FULL] * 5, platform="cpu")) == ([2, 2, 1], 2)
+    assert cuts(plan_of(*[FULL] * 2, platform="cpu")) == ([2], 1)
+    assert cuts(plan_of(*[*[WINDOW] * 5, FULL] * 5, platform="cpu")) == ([2] * 15, 2)
 
 
 def test_a_pattern_is_cut_where_it_repeats() -> None:
