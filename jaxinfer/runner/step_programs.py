@@ -68,6 +68,8 @@ class StepPrograms:
         self._model, self._plan, self._programs = model, plan, programs
         self._ends, self._layers = self.split(params)
         self._platform = stage.mesh.devices.flat[0].platform
+        self._model_has_experts = any(layer.experts is not None for layer in model.config.layers)
+        self._gather_options = gather_options(plan.mesh)
         functions = [segment.function for segment in self.segments]
         self._same_as = [functions.index(function) for function in functions]
         self._begun: dict[int, Any] = {}  # by token bucket, the shapes of what enters its layers, once traced
@@ -192,7 +194,7 @@ class StepPrograms:
                 self._buffer(layout),
             )
 
-        options = self._options(layout.num_tokens, with_attention=True) | gather_options(self._plan.mesh)
+        options = self._options(layout.num_tokens, with_attention=True) | self._gather_options
         return self._programs.get(("layers", layout.num_tokens, number), lower, options)
 
     def end(self, layout: BatchLayout) -> Any:
@@ -286,7 +288,7 @@ class StepPrograms:
         return jax.jit(run, donate_argnums=donate, out_shardings=shardings(mesh, outputs))
 
     def _options(self, num_rows: int, *, with_attention: bool = False) -> dict[str, str]:
-        with_experts = with_attention and any(layer.experts is not None for layer in self._plan.model.layers)
+        with_experts = with_attention and self._model_has_experts
         return compiler_options(num_rows, self._platform, with_attention=with_attention, with_experts=with_experts)
 
     def _per_shard(

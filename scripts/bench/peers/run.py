@@ -1,9 +1,9 @@
 """Run the whole matrix: per row, 3 cold starts and one bench process.
 
-    python run.py --venvs /some/where/peers- --models DIR --work DIR --out results.jsonl
+    python run.py --venvs DIR --models DIR --work DIR --out results.jsonl
                   [--size 135m] [--only substring] [--reps 3] [--threads 2]
 
---venvs is a prefix: row "hf" runs with <prefix>hf/bin/python. Rows whose venv is
+Row "hf" runs with hf/bin/python in the directory of --venvs. Rows whose venv is
 missing are skipped. stdlib only.
 """
 
@@ -49,7 +49,7 @@ def main():
         label = " ".join([venv, dtype] + [f"{k}={v}" for k, v in extra.items()])
         if a.only and not any(s in label for s in a.only.split(",")):
             continue
-        py = f"{a.venvs}{venv}/bin/python"
+        py = os.path.join(a.venvs, venv, "bin", "python")
         if not os.path.exists(py):
             print(f"== {label}: no venv, skipped", flush=True)
             continue
