@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
 from pallas_kernels.paged_attention.quantized import QuantizedPool
 
@@ -24,10 +26,12 @@ def check(
     v: jax.Array | None,
     pool: jax.Array | QuantizedPool,
     sinks: jax.Array | None,
+    tables: Iterable[jax.Array],
 ) -> None:
     """ValueError, with the values, for a case that the kernel does not serve and for arrays that are not the case's.
 
-    supports, pool_shape, scales_shape: the kernel's own.
+    supports, pool_shape, scales_shape: the kernel's own. tables: of pages, which are looked into where their numbers
+    are known; within a trace they are not, and whoever makes them answers for them.
     """
     reason = supports(case)
     if reason is not None:
@@ -57,3 +61,9 @@ def check(
     held = case.kv_dtype or case.dtype
     if data.dtype.name != held:
         raise ValueError(f"the pool is of {data.dtype.name}; this case needs {held}")
+    for table in tables:
+        if table.size and not isinstance(table, Tracer):
+            pages = np.asarray(table)
+            page = next((page for page in (pages.min(), pages.max()) if not 0 <= page < data.shape[0]), None)
+            if page is not None:
+                raise ValueError(f"the page table names page {page}; the pool has pages 0 to {data.shape[0] - 1}")

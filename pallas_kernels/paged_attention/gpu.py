@@ -189,7 +189,7 @@ def paged_attention(
     devices share the first is this device's part: what its keys mix, float32, and the log of their sum of exponentials,
     float32 [T, N]; 0 and -inf for a query that saw no key here. The sinks are of place 0.
     """
-    check("GPU", supports, pool_shape, scales_shape, case, q, k, v, pool, sinks)
+    check("GPU", supports, pool_shape, scales_shape, case, q, k, v, pool, sinks, [batch.table])
     if (case.context > 1) != (batch.place is not None):
         raise ValueError(f"context={case.context}, but the batch's place is {batch.place}; prepare it for the case")
     blocks = blocks or choose_blocks(case, chip_name())

@@ -168,7 +168,8 @@ def paged_attention(
     float32 [T, N]; 0 and -inf for a query that saw no key here. The sinks are of place 0.
     """
     layout, place = Layout.of(case), rows[0].place
-    check("TPU", supports, pool_shape, scales_shape, case, q, k, v, pool, sinks)
+    tables = (group.table for group in rows)
+    check("TPU", supports, pool_shape, scales_shape, case, q, k, v, pool, sinks, tables)
     if (case.context > 1) != (place is not None):
         raise ValueError(f"context={case.context}, but rows with place={place}; prepare them for the same context")
     table_width = rows[0].table.shape[0] // (rows[0].query_start.shape[0] - 2)

@@ -326,6 +326,8 @@ def test_wrong_arguments_are_refused() -> None:
         gpu.paged_attention(ragged.case, q, k, None, pool, prepared)
     with pytest.raises(ValueError, match="the pool is of float32; this case needs bfloat16"):
         gpu.paged_attention(ragged.case, q, k, v, pool.astype(jnp.float32), prepared)
+    with pytest.raises(ValueError, match=r"the page table names page \d+; the pool has pages 0 to 1"):
+        gpu.paged_attention(ragged.case, q, k, v, pool[:2], prepared)
     with pytest.raises(ValueError, match="context=2, but place=None"):
         gpu.prepare(
             replace(ragged.case, context=2),

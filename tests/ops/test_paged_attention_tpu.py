@@ -293,6 +293,8 @@ def test_wrong_arguments_are_refused() -> None:
         tpu.paged_attention(ragged.case, q, k, v, pool.astype(jnp.bfloat16), rows, count)
     with pytest.raises(ValueError, match="has_sinks=True, but sinks are missing"):
         tpu.paged_attention(replace(ragged.case, has_sinks=True), q, k, v, pool, rows, count)
+    with pytest.raises(ValueError, match=r"the page table names page \d+; the pool has pages 0 to 1"):
+        tpu.paged_attention(ragged.case, q, k, v, pool[:2], rows, count)
 
 
 def test_real_models_are_served_and_fit_every_chip() -> None:
