@@ -15,6 +15,7 @@ from jaxinfer.ops.paged_attention import AttentionCase
 from jaxinfer.plan import Plan
 
 _LENGTHS, _LENGTHS_ON_CPU = range(4, 9), range(2, 9)
+_PROGRAM = 3  # layers that take as long to compile as what else a program has
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,15 @@ def attention_kinds(plan: Plan) -> tuple[tuple[AttentionCase, int], ...]:
 
 
 def segments(plan: Plan, layers: range) -> tuple[Segment, ...]:
-    """A stage's layers, in order, in segments of the length for which the fewest layers are compiled."""
+    """A stage's layers, in order, in segments of the length for which the least is compiled."""
     on_cpu = plan.layers[0].case.platform == "cpu"
     cuts = [_cut(plan, layers, length) for length in (_LENGTHS_ON_CPU if on_cpu else _LENGTHS)]
-    return min(cuts, key=lambda cut: (sum(len(layers) for layers in _distinct(cut).values()), len(cut)))
+    return min(cuts, key=lambda cut: (_compiled(cut), len(cut)))
+
+
+def _compiled(cut: tuple[Segment, ...]) -> int:
+    """What compiling the segments' programs costs, in layers."""
+    return sum(_PROGRAM + len(layers) for layers in _distinct(cut).values())
 
 
 def _distinct(cut: tuple[Segment, ...]) -> dict[Hashable, tuple[int, ...]]:
