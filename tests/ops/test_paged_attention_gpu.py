@@ -79,7 +79,7 @@ def check(
 
     for place in range(case.context):
         own = jax.tree.map(lambda leaf, place=place: padded(leaf[place]), before)
-        out, pool = attend(case, blocks, False, chunk_blocks)(
+        out, pool = attend(case, blocks, False, chunk_blocks, detect_races)(
             *ragged.inputs(), own, ragged.batch, sinks, jnp.int32(place)
         )
         parts.append(out)
