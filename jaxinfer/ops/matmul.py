@@ -2,8 +2,9 @@
 
 What this costs on CPU depends on how it is written. One row times a weight runs at memory speed, on all cores. For more
 rows XLA calls a library, which reads the weight many times on one core, unless the weight is cut along its rows into
-one block a core and multiplied as a batch with the weight on the left. For a middling number of rows Eigen is the
-faster library (and only with blocks), for few and for many rows it is the one XLA calls by default.
+blocks and multiplied as a batch with the weight on the left: one block a core, and where rows are few, so that memory
+is the limit, four. For a middling number of rows Eigen is the faster library (and only with blocks), for few and for
+many rows it is the one XLA calls by default.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 _BLOCKED_ROWS = range(2, 512)
+_FEW_ROWS = 8
 _EIGEN_ROWS = range(17, 512)
 # Eigen is slow at paged attention's many small products, which outweigh the others in steps of few tokens.
 _EIGEN_ROWS_WITH_ATTENTION = range(33, 512)
-_BLOCKS = os.cpu_count() or 1
+_CORES = os.cpu_count() or 1
 
 
 def compiler_options(
@@ -38,7 +40,7 @@ def uses_eigen(num_rows: int, platform: str, *, with_attention: bool = False) ->
 
 def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [T, in], weight [out, in] -> [T, out], in their common dtype."""
-    if x.shape[0] in _BLOCKED_ROWS and weight.shape[0] % _BLOCKS == 0:
+    if x.shape[0] in _BLOCKED_ROWS and weight.shape[0] % _CORES == 0:
         return jax.lax.platform_dependent(x, weight, cpu=_blocked, default=_plain)
     return _plain(x, weight)
 
@@ -48,7 +50,10 @@ def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _blocked(x: jax.Array, weight: jax.Array) -> jax.Array:
-    blocks = weight.reshape(_BLOCKS, -1, weight.shape[1])
-    columns = jnp.broadcast_to(x.T, (_BLOCKS, *x.T.shape))
+    num_blocks = 4 * _CORES
+    if x.shape[0] > _FEW_ROWS or weight.shape[0] % num_blocks:
+        num_blocks = _CORES
+    blocks = weight.reshape(num_blocks, -1, weight.shape[1])
+    columns = jnp.broadcast_to(x.T, (num_blocks, *x.T.shape))
     y = jax.lax.dot_general(blocks, columns, (((2,), (1,)), ((0,), (0,))))
     return y.reshape(weight.shape[0], x.shape[0]).T

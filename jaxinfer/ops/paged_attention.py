@@ -30,7 +30,8 @@ class Run(Protocol):
 
     q [T, N, H]; k and v [T, K, H], or None when the layer reads a pool that this step's keys and values are in already;
     v is None in a case with a latent_dim.
-    pool is the layer's, in the backend's layout; it is returned updated, in place where the caller donated it.
+    pool is the layer's, in the backend's layout; it is returned updated, in place where the caller donated it. What it
+    holds of values is finite, and so are the values in v, whoever sees them (`runner/step.py`); keys may be anything.
     metadata is what `prepare` made of the same case, batch and group; sinks [N] when the case has them.
     Returns ([T, N, H or latent_dim] in q's dtype, the pool); the values at padding tokens are finite and mean nothing.
     Of a case whose keys several devices share, the first is a pair: what this device's keys mix, float32, and the log
@@ -57,7 +58,8 @@ class Backend:
 
     supports    None, or the reason why the backend cannot serve the case
     abstract_pool  one layer's pool of so many pages, as shapes and dtypes: an array, or a QuantizedPool of two, whose
-                axis 0 is pages and the rest the backend's own layout
+                axis 0 is pages and the rest the backend's own layout: one other axis grows with the page size, of
+                which every slot has a stretch
     prepare     arrays derived from the batch and one KV group's table, once a step, for all layers of the case
     run         the attention of one layer
     only_asked  None, or why the backend is not chosen unless the user names it

@@ -205,7 +205,9 @@ def _sent_to_all(backend: Backend, case: AttentionCase, pool: Any, keys: Traveli
         def of(leaf: jax.Array, seen: jax.Array) -> jax.Array:
             page = seen.shape[1:]
             slot_axis = next(axis for axis, size in enumerate(page, 1) if size != leaf.shape[axis])
-            whole = lax.all_gather(leaf[keys.pages[number]], CONTEXT, axis=slot_axis + 1)
+            sent = leaf[keys.pages[number]]
+            slots = sent.reshape(*sent.shape[:slot_axis], case.page_size, -1, *sent.shape[slot_axis + 1 :])
+            whole = lax.all_gather(slots, CONTEXT, axis=slot_axis + 1)
             return lax.dynamic_update_slice_in_dim(seen, whole.reshape(num_pages, *page), number * num_pages, 0)
 
         return jax.tree.map(of, pool, seen)

@@ -79,8 +79,11 @@ def supports(case: AttentionCase) -> str | None:
 
 
 def abstract_pool(case: AttentionCase, num_pages: int) -> Any:
-    slots = (num_pages, _kinds(case), case.num_kv_heads, case.page_size)
-    return pool_arrays(case, (*slots, case.head_dim), slots)
+    """Keys and values head by head: [pages, kinds * K, B * H], since a CPU copies one long axis with vectors (and not
+    that of an array which is reshaped for it); a TPU keeps the last two axes in tiles, so there B and H stay apart."""
+    slots = (num_pages, _kinds(case) * case.num_kv_heads, case.page_size)
+    long = (*slots[:2], case.page_size * case.head_dim)
+    return pool_arrays(case, (*slots, case.head_dim) if case.platform == "tpu" else long, slots)
 
 
 def _kinds(case: AttentionCase) -> int:
@@ -193,37 +196,35 @@ def write(
     case: AttentionCase, k: jax.Array, v: jax.Array | None, pool: Pool, batch: RaggedBatch, metadata: Metadata
 ) -> Pool:
     """The part of `run` that puts k and v [T, K, H] into the pool."""
-    kv = jnp.stack([k] if v is None else [k, v], axis=1)  # [T, kinds, K, H]
+    kv = jnp.concatenate([k] if v is None else [k, v], axis=1)  # [T, kinds * K, H]
     if not isinstance(pool, QuantizedPool):
         return _put(case, kv.astype(pool.dtype), pool, batch, metadata)
     data, scales = quantize(kv, pool.data.dtype.name)
     return QuantizedPool(
         _put(case, data, pool.data, batch, metadata),
-        _put(case, scales, pool.scales, batch, metadata),
+        _put(case, scales[..., None], pool.scales, batch, metadata),
     )
 
 
 def _put(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBatch, metadata: Metadata) -> jax.Array:
-    """kv [T, kinds, K, ...] into [pages, kinds, K, B, ...]: vectors, or their scales."""
-    vector = kv.shape[3:]
+    """kv [T, kinds * K, H] into a pool of vectors, or [T, kinds * K, 1] into one of their scales."""
+    num_heads, size = kv.shape[1:]
     if case.platform != "cpu":  # by rows of one head: to write a token's heads at once, XLA would turn the pool around
-        first = metadata.write_page[:, None] * (kv.shape[1] * case.num_kv_heads) * case.page_size
-        heads = jnp.arange(kv.shape[1] * case.num_kv_heads) * case.page_size
-        row = first + heads + metadata.write_offset[:, None]
-        rows = pool.reshape(-1, *vector).at[row.reshape(-1)].set(kv.reshape(-1, *vector))
+        first = metadata.write_page[:, None] * num_heads * case.page_size
+        row = first + jnp.arange(num_heads) * case.page_size + metadata.write_offset[:, None]
+        rows = pool.reshape(-1, size).at[row.reshape(-1)].set(kv.reshape(-1, size))
         return rows.reshape(pool.shape)
 
     def write_token(token: jax.Array, pool: jax.Array) -> jax.Array:
-        entry = lax.dynamic_slice(kv, (token, *(0 for _ in kv.shape[1:])), (1, *kv.shape[1:]))
-        where = (metadata.write_page[token], 0, 0, metadata.write_offset[token], *(0 for _ in vector))
-        return lax.dynamic_update_slice(pool, entry[:, :, :, None], where)
+        entry = lax.dynamic_slice_in_dim(kv, token, 1)
+        return lax.dynamic_update_slice(
+            pool, entry, (metadata.write_page[token], 0, metadata.write_offset[token] * size)
+        )
 
     return lax.fori_loop(0, batch.num_tokens, write_token, pool)
 
 
-def _keys_and_values(
-    case: AttentionCase, pool: Pool, pages: jax.Array, alive: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, Scales]:
+def _keys_and_values(case: AttentionCase, pool: Pool, pages: jax.Array) -> tuple[jax.Array, jax.Array, Scales]:
     """Of tiles: pages [tiles, n] -> two [tiles, K, n * B, H]. Keys that begin with their values are mixed whole: to cut
     off what comes out costs nothing, to cut what goes into a product costs a copy."""
     data, scales = pool.data if isinstance(pool, QuantizedPool) else pool, None
@@ -231,47 +232,35 @@ def _keys_and_values(
         of_values = _gather_scales(case, pool, pages, _kinds(case) - 1)
         scales = _gather_scales(case, pool, pages, 0), value_scales(of_values)
     if case.latent_dim is not None:
-        both = _gather(case, data, pages, 0, alive)
+        both = _gather(case, data, pages, 0)
         return both, both, scales
-    return _gather(case, data, pages, 0, None), _gather(case, data, pages, 1, alive), scales
+    return _gather(case, data, pages, 0), _gather(case, data, pages, 1), scales
 
 
-def _page_heads(case: AttentionCase, pages: jax.Array, which: int) -> jax.Array:
-    """Where keys (which 0) or values (1) of pages [tiles, n] are among all (page, kind, head): [tiles, K, n]."""
-    heads = jnp.arange(case.num_kv_heads)
-    return pages[:, None] * (_kinds(case) * case.num_kv_heads) + which * case.num_kv_heads + heads[:, None]
+def _rows(case: AttentionCase, pool: jax.Array, pages: jax.Array, which: int) -> jax.Array:
+    """Of keys (which 0) or values (1), what a pool [pages, kinds * K, ...] has of pages [tiles, n]: [tiles, K, n, ...].
+
+    On CPU with two indices: to make one of them the pool would be reshaped, and its rows not copied with vectors.
+    """
+    heads = which * case.num_kv_heads + jnp.arange(case.num_kv_heads)
+    if case.platform == "cpu":
+        return pool.at[pages[:, None], heads[:, None]].get(mode="promise_in_bounds")
+    index = pages[:, None] * pool.shape[1] + heads[:, None]
+    return pool.reshape(-1, *pool.shape[2:]).at[index].get(mode="promise_in_bounds")
 
 
 def _gather_scales(case: AttentionCase, pool: QuantizedPool, pages: jax.Array, which: int) -> jax.Array:
     """pages [tiles, n] -> [tiles, K, n * B]"""
-    index = _page_heads(case, pages, which)
-    scales = pool.scales.reshape(-1, case.page_size).at[index.reshape(-1)].get(mode="promise_in_bounds")
-    return scales.reshape(*index.shape[:2], -1)
+    return _rows(case, pool.scales, pages, which).reshape(pages.shape[0], case.num_kv_heads, -1)
 
 
-def _gather(
-    case: AttentionCase, pool: jax.Array, pages: jax.Array, which: int, alive: tuple[jax.Array, jax.Array] | None
-) -> jax.Array:
-    """Keys (which 0) or values (1) of tiles: pages [tiles, n] -> [tiles, K, n * B, H].
-
-    alive: first and end [tiles] of the slots that count; the others become zero, whatever a page's last owner left in
-    them. Keys need none: their logits are masked.
-    """
-    num_tiles, pages_per_tile = pages.shape
-    page_size = case.page_size
-    # A TPU keeps the last two axes in tiles, so there they must stay apart; a CPU copies one long axis with vectors.
-    shape = (page_size, case.head_dim) if case.platform == "tpu" else (page_size * case.head_dim,)
-    index = _page_heads(case, pages, which)
-    rows = pool.reshape(-1, *shape).at[index.reshape(-1)].get(mode="promise_in_bounds")
-    if case.platform == "cpu" and num_tiles > 1:  # with a mask in it, a gather from memory takes three times as long
+def _gather(case: AttentionCase, pool: jax.Array, pages: jax.Array, which: int) -> jax.Array:
+    """Keys (which 0) or values (1) of tiles: pages [tiles, n] -> [tiles, K, n * B, H]."""
+    rows = _rows(case, pool, pages, which)
+    if case.platform == "cpu":  # or each number's place would be computed
         rows = lax.optimization_barrier(rows)
-    rows = rows.reshape(num_tiles, case.num_kv_heads, pages_per_tile * page_size, case.head_dim)
-    if alive is not None:
-        slot = jnp.arange(pages_per_tile * page_size)
-        counts = (slot >= alive[0][:, None]) & (slot < alive[1][:, None])
-        rows = jnp.where(counts[:, None, :, None], rows, 0)
-    rows = rows.astype(case.dtype)
-    return lax.optimization_barrier(rows) if num_tiles > 1 else rows
+    rows = rows.reshape(pages.shape[0], case.num_kv_heads, -1, case.head_dim).astype(case.dtype)
+    return lax.optimization_barrier(rows) if pages.shape[0] > 1 else rows
 
 
 def _logits(
@@ -372,7 +361,7 @@ def _decode(
         if at_once > 1:
             row = _unhoisted(case, row)
         seen = (slot >= first[:, None]) & (slot < end[:, None])
-        keys, values, scales = _keys_and_values(case, pool, pages, (first, end))
+        keys, values, scales = _keys_and_values(case, pool, pages)
         logits = _logits(case, grouped[row], keys, scales, seen[:, None], vectors)
         tile_max = logits.max(-1)
         weights = jnp.exp(logits - tile_max[..., None])
@@ -445,8 +434,7 @@ def _prefill(
             if case.window is not None:
                 seen &= slot > newest_slot(case, position - case.window)[:, None]
             seen = jnp.tile(seen, (group_size, 1))[None]
-            alive = (jnp.reshape(oldest - j * block, 1), jnp.reshape(num_slots(case, length) - j * block, 1))
-            keys, values, scales = _keys_and_values(case, pool, pages, alive)
+            keys, values, scales = _keys_and_values(case, pool, pages)
             logits = _logits(case, queries, keys, scales, seen, vectors)
             new_max = jnp.maximum(old_max, logits.max(-1))
             weights = jnp.exp(logits - new_max[..., None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.ops.paged_attention import AttentionCase
+from jaxinfer.ops.paged_attention import AttentionCase, Backend
 from jaxinfer.runner.batch import DeviceBatch
 from pallas_kernels.paged_attention.quantized import LARGEST, QuantizedPool
 
@@ -29,6 +30,16 @@ def make_case(**changes: object) -> AttentionCase:
         "platform": "cpu",
     }
     return AttentionCase(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def run_laid_out(backend: Backend, case: AttentionCase, pool: Any, run: Callable[[Any], tuple[Any, Any]]) -> Any:
+    """What `run` makes of a pool [pages, 1 or 2, K, B, ...] in the backend's layout: its output, and the pool as given.
+
+    Backends of plain JAX keep the order of these axes and join some of them.
+    """
+    theirs = backend.abstract_pool(case, jax.tree.leaves(pool)[0].shape[0])
+    out, updated = run(jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), pool, theirs))
+    return out, jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), updated, pool)
 
 
 @dataclass
@@ -109,9 +120,21 @@ class Ragged:
         dtype = jnp.dtype(self.case.kv_dtype)
         scales = np.abs(pools.astype(np.float64)).max(-1) / LARGEST[dtype.name]
         data = pools / np.where(scales > 0, scales, 1)[..., None]
+        worst = np.nan
         if dtype == jnp.int8:
-            data = np.where(np.isnan(data), -128, np.rint(data))
+            data, worst = np.rint(data), -128
+        elif self.case.latent_dim is not None:  # of a key that is not finite `quantize` keeps no NaN in its value
+            worst = LARGEST[dtype.name]
+        data = np.where(np.isnan(scales)[..., None], worst, data)
         return QuantizedPool(data.astype(dtype), scales.astype(np.float32))
+
+    def given(self, backend: Backend) -> np.ndarray:
+        """The pools, but of plain XLA with unseen values that are finite: that they are it leaves to whoever writes."""
+        pools = self.pools.copy()
+        if backend.name == "xla":
+            values = pools[..., -1, :, :, : self.case.latent_dim]
+            values[np.isnan(values)] = 1e30
+        return pools
 
     def as_held(self, pools: Any) -> Ragged:
         """The same with what quantized pools, their leaves [C, ...], hold of the keys and values that are seen.
@@ -148,13 +171,18 @@ class Ragged:
         return padded
 
     def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """q, k, v of this step's tokens."""
+        """q, k, v of this step's tokens; of padding NaN, but for its values."""
         new = [n for _, n in self.lengths]
         keys = [k[len(k) - n :] for k, n in zip(self.keys, new, strict=True)]
         values = [v[len(v) - n :] for v, n in zip(self.values, new, strict=True)]
         kv_heads = self.case.num_kv_heads
-        v = self.flat(values, kv_heads) if self.case.latent_dim is None else None
-        return self.flat(self.queries, self.case.num_heads), self.flat(keys, kv_heads), v
+        q, k = self.flat(self.queries, self.case.num_heads), self.flat(keys, kv_heads)
+        if self.case.latent_dim is not None:
+            k[sum(new) :, :, : self.case.latent_dim] = 1e30
+            return q, k, None
+        v = self.flat(values, kv_heads)
+        v[sum(new) :] = 1e30
+        return q, k, v
 
     def expected(self) -> np.ndarray:
         """Attention of every real token, [num real, N, H], one query and one head at a time, in float64; of a case with

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.ops.paged_attention import BACKENDS, AttentionCase, choose_backend
-from tests.ops.ragged import Ragged, make_case
+from tests.ops.ragged import Ragged, make_case, run_laid_out
 
 # Those of other platforms have tests of their own.
 BY_NAME = {backend.name: backend for backend in BACKENDS if backend.supports(make_case()) is None}
@@ -24,7 +24,10 @@ def attend(name: str, case: AttentionCase) -> Callable[..., tuple[jax.Array, jax
     backend = BY_NAME[name]
 
     def run(q, k, v, pool, batch, sinks):
-        return backend.run(case, q, k, v, pool, batch, 0, backend.prepare(case, batch, 0), sinks=sinks)
+        metadata = backend.prepare(case, batch, 0)
+        return run_laid_out(
+            backend, case, pool, lambda pool: backend.run(case, q, k, v, pool, batch, 0, metadata, sinks=sinks)
+        )
 
     return jax.jit(run, donate_argnums=(3,))
 
@@ -33,7 +36,8 @@ def check(ragged: Ragged, name: str) -> jax.Array:
     """Run one backend; hold its output and the pages it wrote to the oracle. Returns the output."""
     case = ragged.case
     sinks = None if ragged.sinks is None else jnp.asarray(ragged.sinks)
-    out, pool = attend(name, case)(*ragged.inputs(), jnp.asarray(ragged.pool, case.dtype), ragged.batch, sinks)
+    before = ragged.given(BY_NAME[name])[0]
+    out, pool = attend(name, case)(*ragged.inputs(), jnp.asarray(before, case.dtype), ragged.batch, sinks)
     expected = ragged.expected()
     tolerance = 2e-5 if case.dtype == "float32" else 3e-2
     np.testing.assert_allclose(np.asarray(out, np.float64)[: len(expected)], expected, atol=tolerance, rtol=tolerance)
@@ -117,7 +121,7 @@ def test_reads_another_layers_pool() -> None:
     """Without k and v, attention reads what the layer that owns the pool wrote this step, and changes nothing."""
     ragged = Ragged(make_case(), [(9, 1), (4, 6)], 8, 4, 8)
     q, k, v = ragged.inputs()
-    out, pool = attend("xla", ragged.case)(q, k, v, jnp.asarray(ragged.pool), ragged.batch, None)
+    out, pool = attend("xla", ragged.case)(q, k, v, jnp.asarray(ragged.given(BY_NAME["xla"])[0]), ragged.batch, None)
     before = np.asarray(pool)
     shared, pool = attend("xla", ragged.case)(q, None, None, pool, ragged.batch, None)
     np.testing.assert_array_equal(np.asarray(shared)[:7], np.asarray(out)[:7])
@@ -131,7 +135,7 @@ def test_pool_is_updated_in_place(num_tokens: int) -> None:
     ragged = Ragged(case, [(20, 1)], num_tokens, 8, 8)
     temporaries = []
     for pages in (64, 4096):
-        pool = jax.ShapeDtypeStruct((pages, *ragged.pool.shape[1:]), jnp.float32)
+        pool = BY_NAME["xla"].abstract_pool(case, pages)
         compiled = attend("xla", case).lower(*ragged.inputs(), pool, ragged.batch, None).compile()
         memory = compiled.memory_analysis()
         assert memory is not None

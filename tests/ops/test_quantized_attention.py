@@ -20,11 +20,13 @@ def check(ragged: Ragged, name: str) -> tuple[jax.Array, QuantizedPool]:
     """Run one backend; hold what it wrote, and what it made of what the pool holds. Returns output and pool."""
     case, sinks = ragged.case, None if ragged.sinks is None else jnp.asarray(ragged.sinks)
     if case.context == 1:
-        before = jax.tree.map(lambda leaf: leaf[0], ragged.quantized(ragged.pools))
+        before = jax.tree.map(lambda leaf: leaf[0], ragged.quantized(ragged.given(BY_NAME[name])))
         out, pool = attend(name, case)(*ragged.inputs(), before, ragged.batch, sinks)
         held = jax.tree.map(lambda leaf: leaf[None], pool)
     else:
-        out, pool = striped(name, case)(*ragged.inputs(), ragged.quantized(ragged.pools), ragged.batch, sinks)
+        out, pool = striped(name, case)(
+            *ragged.inputs(), ragged.quantized(ragged.given(BY_NAME[name])), ragged.batch, sinks
+        )
         held = pool
     exact, expected = ragged.expected(), ragged.as_held(held).expected()
     result = np.asarray(out, np.float64)[: len(exact)]
@@ -72,7 +74,7 @@ def test_a_key_that_is_not_finite_reaches_none_that_do_not_see_it(kind: str, nam
     q, k, v = ragged.inputs()
     for bad in (np.nan, np.inf):
         k[5, 0, -1] = bad
-        before = jax.tree.map(lambda leaf: leaf[0], ragged.quantized(ragged.pools))
+        before = jax.tree.map(lambda leaf: leaf[0], ragged.quantized(ragged.given(BY_NAME[name])))
         out, _ = attend(name, ragged.case)(q, k, v, before, ragged.batch, None)
         np.testing.assert_array_equal(np.asarray(out)[:5], np.asarray(want)[:5])
         heads = ragged.case.group_size

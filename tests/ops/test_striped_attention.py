@@ -18,7 +18,7 @@ from jaxinfer.ops.paged_attention_context import describe, rounds
 from jaxinfer.sharding.spmd import all_parts, by_device, in_order, own_part, rows_at
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.paged_attention import gpu_layout
-from tests.ops.ragged import Ragged, make_case
+from tests.ops.ragged import Ragged, make_case, run_laid_out
 
 BY_NAME = {backend.name: backend for backend in BACKENDS if backend.supports(make_case(context=2)) is None}
 
@@ -31,7 +31,9 @@ def striped(name: str, case: AttentionCase) -> Callable[..., tuple[jax.Array, ja
     def run(q, k, v, pools, batch, sinks):
         def on_device(q, k, v, pool):
             metadata = prepare(backend, case, batch, 0)
-            return attend(backend, case, q, k, v, pool, batch, 0, metadata, sinks)
+            return run_laid_out(
+                backend, case, pool, lambda pool: attend(backend, case, q, k, v, pool, batch, 0, metadata, sinks)
+            )
 
         def parts(rows):
             return by_device(rows, case.context).reshape(case.context, -1, *rows.shape[1:])
@@ -46,8 +48,8 @@ def striped(name: str, case: AttentionCase) -> Callable[..., tuple[jax.Array, ja
 def check(ragged: Ragged, name: str) -> jax.Array:
     """Run one backend on all devices; hold its output and what each device wrote to the oracle. Returns the pools."""
     case, sinks = ragged.case, None if ragged.sinks is None else jnp.asarray(ragged.sinks)
-    pools = jnp.asarray(ragged.pools, case.dtype)
-    out, pools = striped(name, case)(*ragged.inputs(), pools, ragged.batch, sinks)
+    before = ragged.given(BY_NAME[name])
+    out, pools = striped(name, case)(*ragged.inputs(), jnp.asarray(before, case.dtype), ragged.batch, sinks)
     expected = ragged.expected()
     np.testing.assert_allclose(np.asarray(out, np.float64)[: len(expected)], expected, atol=2e-5, rtol=2e-5)
     table, held = np.asarray(ragged.batch.page_tables[0]), np.array(pools)
@@ -55,8 +57,8 @@ def check(ragged: Ragged, name: str) -> jax.Array:
         for position in range(cached, cached + new):
             kept = ragged.kept(held, table, row, position)
             np.testing.assert_array_equal(kept, ragged.written(row, position))
-            kept[...] = ragged.kept(ragged.pools, table, row, position)
-    np.testing.assert_array_equal(held[:, 1:], ragged.pools[:, 1:], err_msg="other slots were written to")
+            kept[...] = ragged.kept(before, table, row, position)
+    np.testing.assert_array_equal(held[:, 1:], before[:, 1:], err_msg="other slots were written to")
     return pools
 
 
