@@ -123,8 +123,6 @@ class Ragged:
         worst = np.nan
         if dtype == jnp.int8:
             data, worst = np.rint(data), -128
-        elif self.case.latent_dim is not None:  # of a key that is not finite `quantize` keeps no NaN in its value
-            worst = LARGEST[dtype.name]
         data = np.where(np.isnan(scales)[..., None], worst, data)
         return QuantizedPool(data.astype(dtype), scales.astype(np.float32))
 
@@ -170,18 +168,16 @@ class Ragged:
             padded[: len(joined)] = joined
         return padded
 
-    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """q, k, v of this step's tokens; of padding NaN, but for its values."""
+    def inputs(self, backend: Backend | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """q, k, v of this step's tokens; of padding NaN, but as in `given` for its values."""
         new = [n for _, n in self.lengths]
         keys = [k[len(k) - n :] for k, n in zip(self.keys, new, strict=True)]
         values = [v[len(v) - n :] for v, n in zip(self.values, new, strict=True)]
         kv_heads = self.case.num_kv_heads
         q, k = self.flat(self.queries, self.case.num_heads), self.flat(keys, kv_heads)
-        if self.case.latent_dim is not None:
-            k[sum(new) :, :, : self.case.latent_dim] = 1e30
-            return q, k, None
-        v = self.flat(values, kv_heads)
-        v[sum(new) :] = 1e30
+        v = self.flat(values, kv_heads) if self.case.latent_dim is None else None
+        if backend is not None and backend.name == "xla":
+            (k if v is None else v)[sum(new) :, :, : self.case.latent_dim] = 1e30
         return q, k, v
 
     def expected(self) -> np.ndarray:

@@ -37,7 +37,7 @@ def check(ragged: Ragged, name: str) -> jax.Array:
     case = ragged.case
     sinks = None if ragged.sinks is None else jnp.asarray(ragged.sinks)
     before = ragged.given(BY_NAME[name])[0]
-    out, pool = attend(name, case)(*ragged.inputs(), jnp.asarray(before, case.dtype), ragged.batch, sinks)
+    out, pool = attend(name, case)(*ragged.inputs(BY_NAME[name]), jnp.asarray(before, case.dtype), ragged.batch, sinks)
     expected = ragged.expected()
     tolerance = 2e-5 if case.dtype == "float32" else 3e-2
     np.testing.assert_allclose(np.asarray(out, np.float64)[: len(expected)], expected, atol=tolerance, rtol=tolerance)

@@ -21,11 +21,11 @@ def check(ragged: Ragged, name: str) -> tuple[jax.Array, QuantizedPool]:
     case, sinks = ragged.case, None if ragged.sinks is None else jnp.asarray(ragged.sinks)
     if case.context == 1:
         before = jax.tree.map(lambda leaf: leaf[0], ragged.quantized(ragged.given(BY_NAME[name])))
-        out, pool = attend(name, case)(*ragged.inputs(), before, ragged.batch, sinks)
+        out, pool = attend(name, case)(*ragged.inputs(BY_NAME[name]), before, ragged.batch, sinks)
         held = jax.tree.map(lambda leaf: leaf[None], pool)
     else:
         out, pool = striped(name, case)(
-            *ragged.inputs(), ragged.quantized(ragged.given(BY_NAME[name])), ragged.batch, sinks
+            *ragged.inputs(BY_NAME[name]), ragged.quantized(ragged.given(BY_NAME[name])), ragged.batch, sinks
         )
         held = pool
     exact, expected = ragged.expected(), ragged.as_held(held).expected()

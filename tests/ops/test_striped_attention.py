@@ -49,7 +49,9 @@ def check(ragged: Ragged, name: str) -> jax.Array:
     """Run one backend on all devices; hold its output and what each device wrote to the oracle. Returns the pools."""
     case, sinks = ragged.case, None if ragged.sinks is None else jnp.asarray(ragged.sinks)
     before = ragged.given(BY_NAME[name])
-    out, pools = striped(name, case)(*ragged.inputs(), jnp.asarray(before, case.dtype), ragged.batch, sinks)
+    out, pools = striped(name, case)(
+        *ragged.inputs(BY_NAME[name]), jnp.asarray(before, case.dtype), ragged.batch, sinks
+    )
     expected = ragged.expected()
     np.testing.assert_allclose(np.asarray(out, np.float64)[: len(expected)], expected, atol=2e-5, rtol=2e-5)
     table, held = np.asarray(ragged.batch.page_tables[0]), np.array(pools)
