@@ -26,7 +26,6 @@ def test_nothing_to_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert capsys.readouterr().out.startswith("jax finds no TPU and no GPU, so there is nothing to time")
 
 
-@pytest.mark.slow
 def test_on_tiny_shapes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Every line is there."""
     assert bench(monkeypatch, "--allow-cpu") == 0

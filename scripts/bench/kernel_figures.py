@@ -202,15 +202,15 @@ def _to_reference(backend: str, case: AttentionCase, pages: Any) -> Any:
         return QuantizedPool(
             _to_reference(backend, case, pages.data), _scales_to_reference(backend, case, pages.scales)
         )
-    if backend != "pallas_tpu":
-        return pages[..., : case.head_dim]
+    if backend != "pallas_tpu":  # heads by themselves or joined with other axes, and what pads them
+        return pages.reshape(len(pages), 2, case.num_kv_heads, case.page_size, -1)[..., : case.head_dim]
     start = Layout.of(case).value_start
     return jnp.stack([pages[..., : case.head_dim], pages[..., start : start + case.head_dim]], axis=1)
 
 
 def _scales_to_reference(backend: str, case: AttentionCase, scales: jax.Array) -> jax.Array:
     if backend != "pallas_tpu":
-        return scales
+        return scales.reshape(len(scales), 2, case.num_kv_heads, case.page_size)
     pages, tiles, size = len(scales), case.page_size // PIECE, 2 * case.num_kv_heads * PIECE
     by_tile = scales.reshape(pages, tiles, -1)[..., :size].reshape(pages, tiles, case.num_kv_heads, 2, PIECE)
     return by_tile.transpose(0, 3, 2, 1, 4).reshape(pages, 2, case.num_kv_heads, case.page_size)
