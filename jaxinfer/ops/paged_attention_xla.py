@@ -2,8 +2,9 @@
 
 Its work follows the real lengths, not the padded shapes: loops with dynamic trip counts run over tiles of work.
 A decode tile is one block of one sequence's keys; tiles of all decoding sequences are taken some at a time, and their
-partial softmaxes merged per sequence (flash decoding). A prefill tile is a block of one sequence's queries, which walks
-the blocks of keys it can see with a running softmax (FlashAttention, arXiv:2205.14135).
+partial softmaxes merged per sequence (flash decoding); before that, leading keys that all of them have in the same
+pages are read once for all (Hydragen, arXiv:2402.05099). A prefill tile is a block of one sequence's queries, which
+walks the blocks of keys it can see with a running softmax (FlashAttention, arXiv:2205.14135).
 
 The shape of the code follows what XLA's CPU compiler makes of it:
 - a slice of a dot's operand is a copy, so keys and values are gathered apart;
@@ -22,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.ops.matmul import uses_eigen
 from jaxinfer.ops.paged_attention_case import (
     AttentionCase,
     RaggedBatch,
@@ -31,16 +31,26 @@ from jaxinfer.ops.paged_attention_case import (
     num_slots,
     pool_arrays,
 )
+from jaxinfer.ops.paged_attention_xla_tiles import (
+    FEW_ROWS,
+    MASKED,
+    Pool,
+    State,
+    by_vectors,
+    keys_and_values,
+    logits_of,
+    mix,
+    num_kinds,
+    pages_per_tile,
+    tile_size,
+    unhoisted,
+    walk,
+)
 from jaxinfer.sharding.spmd import CONTEXT
-from pallas_kernels.paged_attention.quantized import QuantizedPool, quantize, value_scales
+from pallas_kernels.paged_attention.quantized import QuantizedPool, quantize
 
-_MASKED = -1e30  # finite, so that a fully masked tile yields numbers, which the merge then wipes out
-_DECODE_KEYS = 128  # keys per decode tile, when pages are not larger
-_PREFILL_KEYS = 128
 _PREFILL_QUERIES = 128
 _TILES_AT_ONCE = 8  # decode tiles whose products are one batch
-_FEW_ROWS = 2  # decode batches up to this size run tile by tile in one kernel
-_MOST_VECTORS = 8  # queries per kv head and tile up to which each may be multiplied by itself
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +60,7 @@ class Metadata:
 
     write_page, write_offset [T]  page, and slot in it, that each token's key and value go to; page 0 where elsewhere
     num_decodes []                leading rows of exactly one token
+    num_shared []                 leading tiles of keys that all these rows have in the same pages; no others hold them
     num_tiles []                  decode tiles in use
     tile_row [W]                  row of each decode tile; a row's tiles are neighbours, rows are in order
     tile_pages [W, pages]         its pages
@@ -60,6 +71,7 @@ class Metadata:
     write_page: jax.Array
     write_offset: jax.Array
     num_decodes: jax.Array
+    num_shared: jax.Array
     num_tiles: jax.Array
     tile_row: jax.Array
     tile_pages: jax.Array
@@ -68,9 +80,6 @@ class Metadata:
     prefill_tiles: jax.Array
 
 
-Pool = jax.Array | QuantizedPool
-State = tuple[jax.Array, jax.Array, jax.Array]  # running max, sum of weights, weighted values
-Scales = tuple[jax.Array, jax.Array] | None  # of a tile's keys and of its values, [tiles, K, block]; None: all are 1
 Parts = tuple[jax.Array, ...]  # mixed values [rows, N, H], and [rows, N, 1] the log of the sum of weights if asked for
 
 
@@ -81,14 +90,9 @@ def supports(case: AttentionCase) -> str | None:
 def abstract_pool(case: AttentionCase, num_pages: int) -> Any:
     """Keys and values head by head: [pages, kinds * K, B * H], since a CPU copies one long axis with vectors (and not
     that of an array which is reshaped for it); a TPU keeps the last two axes in tiles, so there B and H stay apart."""
-    slots = (num_pages, _kinds(case) * case.num_kv_heads, case.page_size)
+    slots = (num_pages, num_kinds(case) * case.num_kv_heads, case.page_size)
     long = (*slots[:2], case.page_size * case.head_dim)
     return pool_arrays(case, (*slots, case.head_dim) if case.platform == "tpu" else long, slots)
-
-
-def _kinds(case: AttentionCase) -> int:
-    """What the pool holds of a token and head: its key and its value, or a key that begins with its value."""
-    return 2 if case.latent_dim is None else 1
 
 
 def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> Metadata:
@@ -101,11 +105,14 @@ def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> Metadata:
     query_len = jnp.diff(batch.query_start)
     decoding = jnp.cumprod(query_len == 1, dtype=jnp.int32)
     query_tiles = -(-query_len // min(_PREFILL_QUERIES, num_tokens))
-    num_tiles, tiles = _decode_tiles(case, batch.kv_len, decoding, table, min(num_tokens, num_sequences))
+    num_rows = min(num_tokens, num_sequences)
+    num_shared = _num_shared(case, batch.kv_len, decoding, table, num_rows)
+    num_tiles, tiles = _decode_tiles(case, batch.kv_len, decoding, table, num_rows, num_shared)
     return Metadata(
         write_page=jnp.where(is_kept, page, 0),
         write_offset=slot % case.page_size,
         num_decodes=jnp.sum(decoding, dtype=jnp.int32),
+        num_shared=num_shared,
         num_tiles=num_tiles,
         **tiles,
         prefill_tiles=_starts((1 - decoding) * query_tiles),
@@ -128,12 +135,13 @@ def run(
     table = batch.page_tables[group]
     num_rows = min(table.shape[0], q.shape[0])
     scaled = (q * case.scale).astype(case.dtype)
-    start = (jnp.full(case.num_heads, _MASKED), jnp.zeros(case.num_heads))
+    start = (jnp.full(case.num_heads, MASKED), jnp.zeros(case.num_heads))
     if case.has_sinks:
         assert sinks is not None
         start = _with_sinks(case, start, sinks)
-    vectors = _by_vectors(case, case.group_size, num_rows, q.shape[0])
-    out = _decode(case, scaled[:num_rows], pool, metadata, start, vectors)
+    state = _decode_shared(case, scaled[:num_rows], pool, table, metadata, start)
+    vectors = by_vectors(case, case.group_size, num_rows, q.shape[0])
+    out = _decode(case, scaled[:num_rows], pool, metadata, state, vectors)
     if q.shape[0] > 1:
         prefill = _prefill(case, scaled, pool, table, batch, metadata, start)
         decoding = jnp.arange(num_rows)[:, None, None] < metadata.num_decodes
@@ -174,22 +182,10 @@ def _row_of(starts: jax.Array, items: jax.Array) -> jax.Array:
     return jnp.minimum(rows, starts.shape[0] - 2)
 
 
-def _pages_in(case: AttentionCase, keys: int) -> int:
-    return max(1, keys // case.page_size)
-
-
 def _tiles_at_once(case: AttentionCase, num_rows: int) -> int:
     if case.platform != "cpu":
         return 32
-    return 1 if num_rows <= _FEW_ROWS else _TILES_AT_ONCE
-
-
-def _unhoisted(case: AttentionCase, values: jax.Array) -> jax.Array:
-    """Ascending values as they are, in such a way that XLA's CPU compiler leaves the loop around them in pieces.
-
-    It makes one single-threaded kernel of a loop that it takes for small, but not of one that sorts.
-    """
-    return lax.sort(values) if case.platform == "cpu" else values
+    return 1 if num_rows <= FEW_ROWS else _TILES_AT_ONCE
 
 
 def write(
@@ -224,87 +220,36 @@ def _put(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBatch
     return lax.fori_loop(0, batch.num_tokens, write_token, pool)
 
 
-def _keys_and_values(case: AttentionCase, pool: Pool, pages: jax.Array) -> tuple[jax.Array, jax.Array, Scales]:
-    """Of tiles: pages [tiles, n] -> two [tiles, K, n * B, H]. Keys that begin with their values are mixed whole: to cut
-    off what comes out costs nothing, to cut what goes into a product costs a copy."""
-    data, scales = pool.data if isinstance(pool, QuantizedPool) else pool, None
-    if isinstance(pool, QuantizedPool):
-        of_values = _gather_scales(case, pool, pages, _kinds(case) - 1)
-        scales = _gather_scales(case, pool, pages, 0), value_scales(of_values)
-    if case.latent_dim is not None:
-        both = _gather(case, data, pages, 0)
-        return both, both, scales
-    return _gather(case, data, pages, 0), _gather(case, data, pages, 1), scales
+def _shares(case: AttentionCase, num_rows: int) -> bool:
+    """Whether to look for keys that rows share: in batches, and where the first keys are never forgotten."""
+    return num_rows > FEW_ROWS and case.window is None
 
 
-def _rows(case: AttentionCase, pool: jax.Array, pages: jax.Array, which: int) -> jax.Array:
-    """Of keys (which 0) or values (1), what a pool [pages, kinds * K, ...] has of pages [tiles, n]: [tiles, K, n, ...].
-
-    On CPU with two indices: to make one of them the pool would be reshaped, and its rows not copied with vectors.
-    """
-    heads = which * case.num_kv_heads + jnp.arange(case.num_kv_heads)
-    if case.platform == "cpu":
-        return pool.at[pages[:, None], heads[:, None]].get(mode="promise_in_bounds")
-    index = pages[:, None] * pool.shape[1] + heads[:, None]
-    return pool.reshape(-1, *pool.shape[2:]).at[index].get(mode="promise_in_bounds")
-
-
-def _gather_scales(case: AttentionCase, pool: QuantizedPool, pages: jax.Array, which: int) -> jax.Array:
-    """pages [tiles, n] -> [tiles, K, n * B]"""
-    return _rows(case, pool.scales, pages, which).reshape(pages.shape[0], case.num_kv_heads, -1)
-
-
-def _gather(case: AttentionCase, pool: jax.Array, pages: jax.Array, which: int) -> jax.Array:
-    """Keys (which 0) or values (1) of tiles: pages [tiles, n] -> [tiles, K, n * B, H]."""
-    rows = _rows(case, pool, pages, which)
-    if case.platform == "cpu":  # or each number's place would be computed
-        rows = lax.optimization_barrier(rows)
-    rows = rows.reshape(pages.shape[0], case.num_kv_heads, -1, case.head_dim).astype(case.dtype)
-    return lax.optimization_barrier(rows) if pages.shape[0] > 1 else rows
-
-
-def _logits(
-    case: AttentionCase, q: jax.Array, keys: jax.Array, scales: Scales, seen: jax.Array, by_vectors: bool
+def _num_shared(
+    case: AttentionCase, kv_len: jax.Array, decoding: jax.Array, table: jax.Array, num_rows: int
 ) -> jax.Array:
-    """q [tiles, K, Q, H], keys [tiles, K, block, H], seen [tiles, Q or 1, block] -> [tiles, K, Q, block] float32."""
-    if by_vectors:
-        heads = [jnp.einsum("gkh,gkbh->gkb", q[:, :, i], keys) for i in range(q.shape[2])]
-        logits = jnp.stack(heads, axis=2).astype(jnp.float32)
-    else:
-        logits = jnp.einsum("gkqh,gkbh->gkqb", q, keys, preferred_element_type=jnp.float32)
-    if scales is not None:
-        logits *= scales[0][:, :, None]
-    if case.soft_cap is not None:
-        logits = case.soft_cap * jnp.tanh(logits / case.soft_cap)
-    return jnp.where(seen[:, None], logits, _MASKED)
-
-
-def _mix(weights: jax.Array, values: jax.Array, scales: Scales, by_vectors: bool) -> jax.Array:
-    """weights [tiles, K, Q, block], values [tiles, K, block, H] -> [tiles, K, Q, H] float32."""
-    if scales is not None:
-        weights *= scales[1][:, :, None]
-    weights = weights.astype(values.dtype)
-    if by_vectors:
-        heads = [jnp.einsum("gkb,gkbh->gkh", weights[:, :, i], values) for i in range(weights.shape[2])]
-        return jnp.stack(heads, axis=2).astype(jnp.float32)
-    return jnp.einsum("gkqb,gkbh->gkqh", weights, values, preferred_element_type=jnp.float32)
-
-
-def _by_vectors(case: AttentionCase, num_queries: int, num_rows: int, num_tokens: int) -> bool:
-    """Whether a tile's queries are multiplied one by one: in a single kernel, and where Eigen would do the batch."""
-    if case.platform != "cpu" or num_queries > _MOST_VECTORS:
-        return False
-    return num_rows <= _FEW_ROWS or uses_eigen(num_tokens, case.platform, with_attention=True)
+    """How many leading tiles all decoding rows have in the same pages, none of them a row's newest token's."""
+    if not _shares(case, num_rows):
+        return jnp.zeros((), jnp.int32)
+    is_same = jnp.all((table == table[0]) | (decoding[:, None] == 0), axis=0)
+    num_pages = jnp.min(jnp.where(is_same, table.shape[1], jnp.arange(table.shape[1])))
+    least = jnp.min(num_slots(case, kv_len - 1), where=decoding > 0, initial=jnp.iinfo(jnp.int32).max)
+    shared = jnp.minimum(num_pages // pages_per_tile(case), least // tile_size(case))
+    return jnp.where(decoding[1] > 0, shared, 0)
 
 
 def _decode_tiles(
-    case: AttentionCase, kv_len: jax.Array, decoding: jax.Array, table: jax.Array, num_rows: int
+    case: AttentionCase,
+    kv_len: jax.Array,
+    decoding: jax.Array,
+    table: jax.Array,
+    num_rows: int,
+    num_shared: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cut the keys of the decoding rows into tiles: their number, and the tile arrays of Metadata."""
-    width, pages_per_tile = table.shape[1], _pages_in(case, _DECODE_KEYS)
-    block = pages_per_tile * case.page_size
+    """Cut the decoding rows' own keys into tiles: their number, and the tile arrays of Metadata."""
+    width, num_pages, block = table.shape[1], pages_per_tile(case), tile_size(case)
     at_once = _tiles_at_once(case, num_rows)
-    first_block = jnp.zeros_like(kv_len)
+    first_block = jnp.broadcast_to(num_shared, kv_len.shape)
     if case.window is not None:
         first_block = jnp.maximum(num_slots(case, kv_len - case.window), 0) // block
     num_blocks = -(-num_slots(case, kv_len) // block) - first_block
@@ -312,7 +257,7 @@ def _decode_tiles(
         num_blocks = jnp.maximum(num_blocks, 1)
     starts = _starts((decoding * num_blocks)[:num_rows])
     total = starts[-1]
-    capacity = num_rows * (-(-width // pages_per_tile) + 1)
+    capacity = num_rows * (-(-width // num_pages) + 1)
     capacity = -(-capacity // at_once) * at_once
 
     def fill(i: jax.Array, tiles: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -320,7 +265,7 @@ def _decode_tiles(
         used = jnp.minimum(tile, total - 1)
         row = _row_of(starts, used)
         key_block = first_block[row] + used - starts[row]
-        columns = (key_block[:, None] * pages_per_tile + jnp.arange(pages_per_tile)) % width
+        columns = (key_block[:, None] * num_pages + jnp.arange(num_pages)) % width
         end = num_slots(case, kv_len[row]) - key_block * block
         first = jnp.zeros_like(end)
         if case.window is not None:
@@ -334,24 +279,57 @@ def _decode_tiles(
         return {name: lax.dynamic_update_slice_in_dim(tiles[name], some[name], i * at_once, 0) for name in tiles}
 
     tiles = {name: jnp.zeros(capacity, jnp.int32) for name in ("tile_row", "tile_first", "tile_end")}
-    tiles["tile_pages"] = jnp.zeros((capacity, pages_per_tile), jnp.int32)
+    tiles["tile_pages"] = jnp.zeros((capacity, num_pages), jnp.int32)
     return total, lax.fori_loop(0, -(-total // at_once), fill, tiles)
 
 
-def _decode(
+def _decode_shared(
     case: AttentionCase,
     q: jax.Array,
     pool: Pool,
+    table: jax.Array,
     metadata: Metadata,
     start: tuple[jax.Array, jax.Array],
-    vectors: bool,
-) -> Parts:
-    """q [R, N, H], one query a row, start: max and sum [N] to begin with -> [R, N, H] and [R, N, 1] float32."""
+) -> State:
+    """q [R, N, H], one query a row, start: max and sum [N] to begin with -> max and sum [R, N] and values [R, N, H] of
+    the tiles that the rows share, which all rows' queries walk together."""
+    heads = (q.shape[0], case.num_kv_heads, case.group_size)
+
+    def nothing() -> State:
+        most, weight = (jnp.broadcast_to(part, q.shape[:2]) for part in start)
+        return most, weight, jnp.zeros(q.shape)
+
+    def of_tiles() -> State:
+        def by_head(rows: jax.Array) -> jax.Array:  # [R, N, ...] -> [1, K, R * G, ...]
+            rows = rows.reshape(*heads, *rows.shape[2:]).swapaxes(0, 1)
+            return rows.reshape(1, heads[1], heads[0] * heads[2], *rows.shape[3:])
+
+        def by_row(state: jax.Array) -> jax.Array:  # and back
+            state = state.reshape(heads[1], heads[0], heads[2], *state.shape[3:]).swapaxes(0, 1)
+            return state.reshape(*q.shape[:2], *state.shape[3:])
+
+        most, weight, mixed = walk(
+            case,
+            by_head(q),
+            pool,
+            lambda columns: table[0, columns],
+            lambda slot: jnp.ones((1, slot.shape[0]), bool),
+            (0, metadata.num_shared),
+            tuple(map(by_head, nothing())),
+            as_vectors=False,
+        )
+        return by_row(most), by_row(weight), by_row(mixed)
+
+    return lax.cond(metadata.num_shared > 0, of_tiles, nothing) if _shares(case, q.shape[0]) else nothing()
+
+
+def _decode(case: AttentionCase, q: jax.Array, pool: Pool, metadata: Metadata, state: State, vectors: bool) -> Parts:
+    """q [R, N, H], one query a row, state: what they make of the keys they share -> [R, N, H] and [R, N, 1] float32."""
     num_rows, num_heads, head_dim = q.shape
     at_once = _tiles_at_once(case, num_rows)
     touched = min(at_once, num_rows)  # so many neighbouring rows at most that the tiles of one step belong to
     grouped = q.reshape(num_rows, case.num_kv_heads, case.group_size, head_dim)
-    slot = jnp.arange(_pages_in(case, _DECODE_KEYS) * case.page_size)
+    slot = jnp.arange(tile_size(case))
 
     def step(i: jax.Array, state: State) -> State:
         row, pages, first, end = (
@@ -359,20 +337,20 @@ def _decode(
             for part in (metadata.tile_row, metadata.tile_pages, metadata.tile_first, metadata.tile_end)
         )
         if at_once > 1:
-            row = _unhoisted(case, row)
+            row = unhoisted(case, row)
         seen = (slot >= first[:, None]) & (slot < end[:, None])
-        keys, values, scales = _keys_and_values(case, pool, pages)
-        logits = _logits(case, grouped[row], keys, scales, seen[:, None], vectors)
+        keys, values, scales = keys_and_values(case, pool, pages)
+        logits = logits_of(case, grouped[row], keys, scales, seen[:, None], vectors)
         tile_max = logits.max(-1)
         weights = jnp.exp(logits - tile_max[..., None])
         tile_sum = weights.sum(-1).reshape(at_once, num_heads)
-        mixed = _mix(weights, values, scales, vectors)
+        mixed = mix(weights, values, scales, vectors)
         mixed, tile_max = mixed.reshape(at_once, num_heads, head_dim), tile_max.reshape(at_once, num_heads)
 
         first_row = jnp.minimum(row[0], num_rows - touched)
         belongs = (row - first_row)[:, None] == jnp.arange(touched)  # a tile not in use is masked to a share of 0
         old_max, old_sum, old_mixed = (lax.dynamic_slice_in_dim(part, first_row, touched) for part in state)
-        new_max = jnp.maximum(old_max, jnp.where(belongs[..., None], tile_max[:, None], _MASKED).max(0))
+        new_max = jnp.maximum(old_max, jnp.where(belongs[..., None], tile_max[:, None], MASKED).max(0))
         share = jnp.exp(tile_max[:, None] - new_max)
         keep = jnp.exp(old_max - new_max)
         # Chosen, not multiplied by 0: a NaN of one row's tile must not reach the other rows.
@@ -386,8 +364,6 @@ def _decode(
             lax.dynamic_update_slice_in_dim(state[2], new_mixed, first_row, 0),
         )
 
-    most, weight = (jnp.broadcast_to(part, (num_rows, num_heads)) for part in start)
-    state = (most, weight, jnp.zeros((num_rows, num_heads, head_dim)))
     most, weight, mixed = lax.fori_loop(0, -(-metadata.num_tiles // at_once), step, state)
     return mixed / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)[..., None], *_log_sum(case, most, weight)
 
@@ -404,11 +380,9 @@ def _prefill(
     """q [T, N, H], start as in `_decode` -> as there, the rows of more than one query filled in."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, group_size = case.num_kv_heads, case.group_size
-    pages_per_block = _pages_in(case, _PREFILL_KEYS)
-    block = pages_per_block * case.page_size
-    num_queries = min(_PREFILL_QUERIES, num_tokens)
+    block, num_queries = tile_size(case), min(_PREFILL_QUERIES, num_tokens)
     heads = (1, num_kv_heads, group_size * num_queries)
-    vectors = _by_vectors(case, group_size * num_queries, num_tokens, num_tokens)
+    vectors = by_vectors(case, group_size * num_queries, num_tokens, num_tokens)
 
     def tile(i: jax.Array, out: Parts) -> Parts:
         row = _row_of(metadata.prefill_tiles, i)
@@ -425,27 +399,24 @@ def _prefill(
         queries = queries.reshape(num_queries, num_kv_heads, group_size, head_dim).transpose(1, 2, 0, 3)
         queries = queries.reshape(1, num_kv_heads, group_size * num_queries, head_dim)
 
-        def key_block(j: jax.Array, state: State) -> State:
-            old_max, old_sum, old_mixed = state
-            columns = _unhoisted(case, j * pages_per_block + jnp.arange(pages_per_block)) % table.shape[1]
-            pages = table[row, columns][None]
-            slot = j * block + jnp.arange(block)
+        def sees(slot: jax.Array) -> jax.Array:
             seen = slot <= newest_slot(case, position)[:, None]
             if case.window is not None:
                 seen &= slot > newest_slot(case, position - case.window)[:, None]
-            seen = jnp.tile(seen, (group_size, 1))[None]
-            keys, values, scales = _keys_and_values(case, pool, pages)
-            logits = _logits(case, queries, keys, scales, seen, vectors)
-            new_max = jnp.maximum(old_max, logits.max(-1))
-            weights = jnp.exp(logits - new_max[..., None])
-            keep = jnp.exp(old_max - new_max)
-            mixed = _mix(weights, values, scales, vectors)
-            return new_max, old_sum * keep + weights.sum(-1), old_mixed * keep[..., None] + mixed
+            return jnp.tile(seen, (group_size, 1))
 
         newest = newest_slot(case, length - end + own_end - 1)
         most, weight = (jnp.repeat(part, num_queries).reshape(heads) for part in start)
-        state = (most, weight, jnp.zeros((*heads, head_dim)))
-        most, weight, mixed = lax.fori_loop(oldest // block, newest // block + 1, key_block, state)
+        most, weight, mixed = walk(
+            case,
+            queries,
+            pool,
+            lambda columns: table[row, columns % table.shape[1]],
+            sees,
+            (oldest // block, newest // block + 1),
+            (most, weight, jnp.zeros((*heads, head_dim))),
+            vectors,
+        )
         own = ((token >= own_first) & (token < own_end))[:, None, None]
 
         def put(out: jax.Array, part: jax.Array) -> jax.Array:

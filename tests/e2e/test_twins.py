@@ -87,6 +87,21 @@ def test_prefix_hit_equals_miss(engine: Engine, twin: Twin) -> None:
     assert after.num_queried_prompt_tokens - before.num_queried_prompt_tokens == 41 + 41 + 39 + 41
 
 
+@pytest.mark.parametrize("golden", ["llama3_gqa", "gemma2"])
+def test_a_long_prefix_that_all_share(golden: str) -> None:
+    """While they decode together attention reads it once, in layers that never forget; before and after it does not,
+    when another prompt is among them or one is left alone."""
+    loaded = load_model(GOLDENS / golden)
+    engine = make_engine(loaded, max_model_len=192, num_pages=150, max_num_batched_tokens=64)
+    twin = Twin(loaded, 192)
+    prefix, other, *tails = random_prompts(12, 150, 20, 1, 3, 6)
+    prompts = [other, *(prefix + tail for tail in tails)]
+    outputs = run(engine, prompts, [greedy(6, logprobs=3), *(greedy(n, logprobs=3) for n in (25, 20, 10))])
+    for output in outputs:
+        twin.check(output)
+    assert [output.metrics.num_cached_tokens for output in outputs] == [0, 0, 148, 148]
+
+
 def test_outputs_become_prefixes_too(engine: Engine, twin: Twin) -> None:
     """A conversation's next turn finds the turn before in the cache, generated tokens included."""
     (prompt,) = random_prompts(5, 10)

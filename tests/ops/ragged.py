@@ -50,7 +50,8 @@ class Ragged:
     pool.
 
     lengths [(cached, new)]; num_tokens and num_sequences are the padded T and S. A table_width that is less than the
-    longest sequence's pages makes the tables rings.
+    longest sequence's pages makes the tables rings. shared: of so many rows, the first ones, the first so many tokens,
+    whole pages, are the same and in the same pages.
     """
 
     case: AttentionCase
@@ -59,6 +60,7 @@ class Ragged:
     num_sequences: int
     table_width: int
     seed: int = 0
+    shared: tuple[int, int] = (0, 0)
     keys: list[np.ndarray] = field(init=False)
     values: list[np.ndarray] = field(init=False)
 
@@ -71,6 +73,9 @@ class Ragged:
             self.values = [rng.normal(size=(c + n, *shape)).astype(np.float32) for c, n in self.lengths]
         else:
             self.values = [keys[..., : case.latent_dim] for keys in self.keys]
+        same, first = self.shared
+        for row in range(1, same):
+            self.keys[row][:first], self.values[row][:first] = self.keys[0][:first], self.values[0][:first]
         self.queries = [rng.normal(size=(n, case.num_heads, case.head_dim)).astype(np.float32) for _, n in self.lengths]
         self.sinks = rng.normal(size=case.num_heads).astype(np.float32) if case.has_sinks else None
         pages_needed = [-(-(c + n) // page) for c, n in self.lengths]
@@ -86,6 +91,8 @@ class Ragged:
         tokens: list[tuple[int, int]] = []
         for row, ((cached, new), n) in enumerate(zip(self.lengths, held, strict=True)):
             table[row, :n] = [free.pop() for _ in range(n)]
+            if row < same:
+                table[row, : first // page] = table[0, : first // page]
             seen = 0 if case.window is None else max(0, cached - case.window + 1)
             for position in range(seen, cached):
                 self.kept(self.pools, table, row, position)[...] = self.written(row, position)

@@ -60,6 +60,10 @@ def test_matches_both_oracles(kind: str, name: str) -> None:
     check(Ragged(case, MANY, 16, 6, width), name)
 
 
+def test_keys_that_decoding_rows_share() -> None:
+    check(Ragged(KINDS["latents"], [(300, 1), (261, 1), (400, 1)], 16, 6, 101, shared=(3, 260)), "xla")
+
+
 def test_one_decode_alone() -> None:
     for cached in (0, 3, 64):
         check(Ragged(KINDS["grouped queries"], [(cached, 1)], 1, 4, 18), "xla")

@@ -118,6 +118,19 @@ def test_first_tokens_and_empty_devices() -> None:
     check(Ragged(case, [], *sizes), "xla")
 
 
+def test_keys_that_decoding_rows_share() -> None:
+    """Two tiles on each of two devices; beyond them the first row has a key on one device alone."""
+    case, num_tokens, num_sequences = KINDS[0][:3]
+    ragged = Ragged(case, [(512, 1), (513, 1), (530, 1)], num_tokens, num_sequences, 80, shared=(3, 512))
+    backend = BY_NAME["xla"]
+
+    def num_shared(_):
+        return prepare(backend, case, ragged.batch, 0).metadata.num_shared
+
+    assert jax.vmap(num_shared, axis_name="context")(jnp.arange(2)).tolist() == [2, 2]
+    check(ragged, "xla")
+
+
 TRAVELS = (  # the cached and new tokens of each row, and whether their keys are few enough to travel: of 4 pages
     ([(0, 16)], True),
     ([(17, 15)], True),
