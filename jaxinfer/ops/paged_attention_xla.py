@@ -308,6 +308,7 @@ def _decode_shared(
             state = state.reshape(heads[1], heads[0], heads[2], *state.shape[3:]).swapaxes(0, 1)
             return state.reshape(*q.shape[:2], *state.shape[3:])
 
+        most, weight, mixed = map(by_head, nothing())
         most, weight, mixed = walk(
             case,
             by_head(q),
@@ -315,7 +316,7 @@ def _decode_shared(
             lambda columns: table[0, columns],
             lambda slot: jnp.ones((1, slot.shape[0]), bool),
             (0, metadata.num_shared),
-            tuple(map(by_head, nothing())),
+            (most, weight, mixed),
             as_vectors=False,
         )
         return by_row(most), by_row(weight), by_row(mixed)
