@@ -106,7 +106,7 @@ def prepare(case: AttentionCase, batch: RaggedBatch, group: int) -> Metadata:
     decoding = jnp.cumprod(query_len == 1, dtype=jnp.int32)
     query_tiles = -(-query_len // min(_PREFILL_QUERIES, num_tokens))
     num_rows = min(num_tokens, num_sequences)
-    num_shared = _num_shared(case, batch.kv_len, decoding, table, num_rows)
+    num_shared = _num_shared(case, batch.kv_len, decoding, table, num_tokens)
     num_tiles, tiles = _decode_tiles(case, batch.kv_len, decoding, table, num_rows, num_shared)
     return Metadata(
         write_page=jnp.where(is_kept, page, 0),
@@ -139,7 +139,8 @@ def run(
     if case.has_sinks:
         assert sinks is not None
         start = _with_sinks(case, start, sinks)
-    state = _decode_shared(case, scaled[:num_rows], pool, table, metadata, start)
+    shares = _shares(case, q.shape[0], table.shape[0])
+    state = _decode_shared(case, scaled[:num_rows], pool, table, metadata, start, shares)
     vectors = by_vectors(case, case.group_size, num_rows, q.shape[0])
     out = _decode(case, scaled[:num_rows], pool, metadata, state, vectors)
     if q.shape[0] > 1:
@@ -220,16 +221,17 @@ def _put(case: AttentionCase, kv: jax.Array, pool: jax.Array, batch: RaggedBatch
     return lax.fori_loop(0, batch.num_tokens, write_token, pool)
 
 
-def _shares(case: AttentionCase, num_rows: int) -> bool:
-    """Whether to look for keys that rows share: in batches, and where the first keys are never forgotten."""
-    return num_rows > FEW_ROWS and case.window is None
+def _shares(case: AttentionCase, num_tokens: int, num_sequences: int) -> bool:
+    """Whether to look for keys that rows share: in batches, where the first keys are never forgotten, and in programs
+    that serve decodes alone; in others a prompt's chunk is most of the work, and the code would be so much more."""
+    return FEW_ROWS < num_tokens <= num_sequences and case.window is None
 
 
 def _num_shared(
-    case: AttentionCase, kv_len: jax.Array, decoding: jax.Array, table: jax.Array, num_rows: int
+    case: AttentionCase, kv_len: jax.Array, decoding: jax.Array, table: jax.Array, num_tokens: int
 ) -> jax.Array:
     """How many leading tiles all decoding rows have in the same pages, none of them a row's newest token's."""
-    if not _shares(case, num_rows):
+    if not _shares(case, num_tokens, table.shape[0]):
         return jnp.zeros((), jnp.int32)
     is_same = jnp.all((table == table[0]) | (decoding[:, None] == 0), axis=0)
     num_pages = jnp.min(jnp.where(is_same, table.shape[1], jnp.arange(table.shape[1])))
@@ -290,6 +292,7 @@ def _decode_shared(
     table: jax.Array,
     metadata: Metadata,
     start: tuple[jax.Array, jax.Array],
+    shares: bool,
 ) -> State:
     """q [R, N, H], one query a row, start: max and sum [N] to begin with -> max and sum [R, N] and values [R, N, H] of
     the tiles that the rows share, which all rows' queries walk together."""
@@ -321,7 +324,7 @@ def _decode_shared(
         )
         return by_row(most), by_row(weight), by_row(mixed)
 
-    return lax.cond(metadata.num_shared > 0, of_tiles, nothing) if _shares(case, q.shape[0]) else nothing()
+    return lax.cond(metadata.num_shared > 0, of_tiles, nothing) if shares else nothing()
 
 
 def _decode(case: AttentionCase, q: jax.Array, pool: Pool, metadata: Metadata, state: State, vectors: bool) -> Parts:

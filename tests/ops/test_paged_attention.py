@@ -132,7 +132,7 @@ def test_reads_another_layers_pool() -> None:
 SHARING = (
     (make_case(), (4, 384), [(384, 1), (385, 1), (390, 1), (600, 1)], 3),
     (make_case(), (4, 384), [(383, 1), (385, 1), (390, 1), (600, 1)], 2),  # a newest token is a row's own
-    (make_case(), (3, 512), [(520, 1), (900, 1), (555, 1), (0, 30), (70, 9)], 4),  # chunks share nothing
+    (make_case(), (3, 512), [(520, 1), (900, 1), (555, 1), (0, 3), (70, 2)], 4),  # chunks share nothing
     (
         make_case(num_heads=6, num_kv_heads=3, has_sinks=True, soft_cap=2.0),
         (5, 132),
@@ -144,8 +144,8 @@ SHARING = (
     (make_case(page_size=256), (3, 512), [(600, 1), (700, 1), (512, 1)], 2),  # a tile is a page
     (make_case(), (3, 124), [(300, 1), (261, 1), (400, 1)], 0),  # less than a tile
     (make_case(), (3, 384), [(400, 1), (390, 1), (400, 1), (400, 1)], 0),  # not all of them
-    (make_case(), (2, 384), [(400, 1), (390, 20)], 0),  # one alone
-    (make_case(), (2, 384), [(400, 20), (390, 20)], 0),
+    (make_case(), (2, 384), [(400, 1), (390, 7)], 0),  # one alone
+    (make_case(), (2, 384), [(400, 4), (390, 4)], 0),
     (make_case(window=100), (3, 384), [(400, 1), (390, 1), (400, 1)], 0),  # the first keys are forgotten
 )
 
@@ -154,7 +154,7 @@ SHARING = (
 def test_keys_that_decoding_rows_share_are_read_once(
     case: AttentionCase, shared: tuple[int, int], lengths: list[tuple[int, int]], tiles: int
 ) -> None:
-    ragged = Ragged(case, lengths, 48, 6, 256 if case.page_size == 4 else 4, shared=shared)
+    ragged = Ragged(case, lengths, 8, 8, 256 if case.page_size == 4 else 4, shared=shared)
     metadata = BY_NAME["xla"].prepare(case, ragged.batch, 0)
     assert metadata.num_shared == tiles
     own = [-(-(cached + new) // max(128, case.page_size)) - tiles for cached, new in lengths if new == 1]
@@ -162,6 +162,12 @@ def test_keys_that_decoding_rows_share_are_read_once(
         assert metadata.num_tiles == sum(own)
     for name in BY_NAME:
         check(ragged, name)
+
+
+def test_only_programs_for_decodes_look_for_shared_keys() -> None:
+    ragged = Ragged(make_case(), [(390, 1)] * 4, 9, 8, 256, shared=(4, 384))
+    assert BY_NAME["xla"].prepare(ragged.case, ragged.batch, 0).num_shared == 0
+    check(ragged, "xla")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8, 64])

@@ -120,8 +120,8 @@ def test_first_tokens_and_empty_devices() -> None:
 
 def test_keys_that_decoding_rows_share() -> None:
     """Two tiles on each of two devices; beyond them the first row has a key on one device alone."""
-    case, num_tokens, num_sequences = KINDS[0][:3]
-    ragged = Ragged(case, [(512, 1), (513, 1), (530, 1)], num_tokens, num_sequences, 80, shared=(3, 512))
+    case = KINDS[0][0]
+    ragged = Ragged(case, [(512, 1), (513, 1), (530, 1)], 6, 6, 80, shared=(3, 512))
     backend = BY_NAME["xla"]
 
     def num_shared(_):
