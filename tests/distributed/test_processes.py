@@ -142,8 +142,8 @@ def kill_one(directory: Path, cache: Path, lost: int, mesh: str) -> None:
         group.wait_for(directory / "out.jsonl", '"line": 1,')
         started = time.monotonic()
         group.signal(lost, signal.SIGKILL)
-        statuses = group.wait(20)
-        assert time.monotonic() - started < 5
+        statuses = group.wait(30)
+        assert time.monotonic() - started < 15
     assert statuses[lost] == -signal.SIGKILL
     assert statuses[1 - lost] == 2
     name = f"process 1 on {HOST}" if lost else f"process 0 at {group.address}"

@@ -200,10 +200,10 @@ def test_bad_lines_say_what_is_wrong(line: Any, message: str) -> None:
 
 def test_a_key_given_twice_among_many_is_found_at_once() -> None:
     keys = ",".join(f'"{number}":1' for number in range(20000))
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(BodyError, match="'z' is there twice"):
         parse_object(f'{{{keys},"z":1,"z":2}}'.encode())
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 json_values = st.recursive(

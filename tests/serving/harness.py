@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import pytest
@@ -101,7 +101,10 @@ async def refused(call: Any, code: str, *words: str) -> grpc.aio.AioRpcError:
 
 
 class Brake:
-    """Holds the engine between two steps, or lets it make some; counts them. `fail` makes the next ones raise."""
+    """Holds the engine between two steps, or lets it make some; counts them. `fail` makes the next ones raise.
+
+    As a context it lets the engine go at its end, whatever the test came to.
+    """
 
     def __init__(self, engine: Engine, patch: pytest.MonkeyPatch) -> None:
         self.num_steps = 0
@@ -112,6 +115,12 @@ class Brake:
         self._may_step = threading.Semaphore(0)
         self._is_free = False
         patch.setattr(engine, "step", self._braked)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
     def let(self, num_steps: int) -> None:
         for _ in range(num_steps):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from grpc.aio import EOF
@@ -16,7 +18,7 @@ from serving import engine_loop
 from serving.client import Client, Failure, Generation, make_request
 from serving.generated import inference_pb2 as pb
 from tests.e2e.harness import EOS
-from tests.serving.harness import GREEDY, address, collect, connected, refused, run, serving
+from tests.serving.harness import GREEDY, Brake, address, collect, connected, refused, run, serving
 
 PROMPT = "one small prompt"
 
@@ -37,16 +39,26 @@ def check(answer: Generation, expected: RequestOutput) -> None:
     assert times.total == pytest.approx(times.time_to_first_token + times.decode)
 
 
-def test_unary_and_stream_are_the_engines_own(llm: LLM) -> None:
+async def begun_while_held(engine: Engine, patch: pytest.MonkeyPatch, stream: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The stream, with the engine held after some steps until the first message has come."""
+    with Brake(engine, patch) as brake:
+        brake.let(4)
+        yield await anext(stream)
+    async for message in stream:
+        yield message
+
+
+def test_unary_and_stream_are_the_engines_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     (expected,) = llm.generate(PROMPT, SamplingParams(max_tokens=24, **GREEDY))
 
     async def scenario() -> None:
         async with connected(llm.engine) as (_, client):
             check(await client.generate(PROMPT, max_tokens=24, **GREEDY), expected)
             check(await client.generate(expected.prompt_token_ids, max_tokens=24, **GREEDY), expected)
-            whole, messages = await collect(client.stream(PROMPT, max_tokens=24, request_id="mine", **GREEDY))
+            stream = client.stream(PROMPT, max_tokens=24, request_id="mine", **GREEDY)
+            whole, messages = await collect(begun_while_held(llm.engine, monkeypatch, stream))
             check(whole, expected)
-            assert len(messages) > 3
+            assert len(messages) > 1
             assert {message.request_id for message in messages} == {"mine"}
 
     run(scenario())
@@ -113,7 +125,7 @@ def test_logprobs(llm: LLM) -> None:
                     assert given.logprob == pytest.approx(entry[given.token_id].logprob, abs=1e-4)
                 assert own.finish is not None
                 assert own.finish.cumulative_logprob == pytest.approx(completion.cumulative_logprob, abs=1e-4)
-            plain = await client.generate(PROMPT, max_tokens=2, text=False, token_ids=False)
+            plain = await client.generate(PROMPT, max_tokens=2, text=False, token_ids=False, **GREEDY)
             assert (plain.text, plain.completions[0].token_ids, plain.completions[0].logprobs) == ("", [], [])
             assert plain.completions[0].finish is not None
             assert plain.completions[0].finish.completion_tokens == 2

@@ -20,7 +20,7 @@ from jaxinfer.types import SamplingParams
 from serving.generated import open_inference_pb2 as pb
 from serving.generated import open_inference_pb2_grpc
 from serving.security import Tokens
-from tests.serving.harness import GREEDY, address, connected, refused, run, serving
+from tests.serving.harness import GREEDY, Brake, address, connected, refused, run, serving
 
 PROMPT = "one small prompt"
 PARAMETERS = {"max_tokens": 12, **GREEDY}
@@ -118,7 +118,7 @@ def test_more_outputs(llm: LLM) -> None:
     run(scenario())
 
 
-def test_stream(llm: LLM) -> None:
+def test_stream(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     (expected,) = llm.generate(PROMPT, SamplingParams(**PARAMETERS))
 
     async def scenario() -> None:
@@ -140,6 +140,8 @@ def test_stream(llm: LLM) -> None:
             num_tokens: dict[str, int] = {}
             over: list[str] = []
             errors = []
+            brake = Brake(llm.engine, monkeypatch)
+            brake.let(6)
             async for result, error in client.stream_infer(requests()):
                 if error is not None:
                     errors.append(str(error))
@@ -151,13 +153,15 @@ def test_stream(llm: LLM) -> None:
                     num_tokens[response.id] = num_tokens.get(response.id, 0) + result.as_numpy("num_output_tokens")[0]
                 if response.parameters["triton_final_response"].bool_param:
                     over.append(response.id)
+                if "a" in pieces:
+                    brake.release()
             text = expected.outputs[0].text
             assert {name: "".join(own) for name, own in pieces.items()} == {
                 "a": text,
                 "b": text,
                 "whole": PROMPT + text,
             }
-            assert len(pieces["a"]) > 3
+            assert len(pieces["a"]) > 1, "it began while the engine was held"
             assert len(pieces["whole"]) == 1
             assert num_tokens == {"a": 12, "b": 12}
             assert sorted(over) == ["a", "b", "whole"]

@@ -12,6 +12,7 @@ import pytest
 
 from jaxinfer.llm import LLM
 from jaxinfer.types import SamplingParams
+from tests.serving.harness import Brake
 from tests.serving.http.harness import threaded_server
 
 PROMPT = "one small prompt"
@@ -49,16 +50,18 @@ def test_completion(client: openai.OpenAI, llm: LLM) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (16, 8, 24)
 
 
-def test_streamed_completion(client: openai.OpenAI, llm: LLM) -> None:
+def test_streamed_completion(client: openai.OpenAI, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = _expected(llm, PROMPT, 12)
     options: Any = {"include_usage": True}
-    chunks = list(
-        client.completions.create(prompt=PROMPT, max_tokens=12, stream=True, stream_options=options, **GREEDY)
-    )
+    with Brake(llm.engine, monkeypatch) as brake:
+        brake.let(6)
+        stream = client.completions.create(prompt=PROMPT, max_tokens=12, stream=True, stream_options=options, **GREEDY)
+        first = next(stream)
+    chunks = [first, *stream]
     *parts, last = chunks
     assert "".join(part.choices[0].text for part in parts) == expected.outputs[0].text
     assert [part.choices[0].finish_reason for part in parts] == [None] * (len(parts) - 1) + ["length"]
-    assert len(parts) > 1
+    assert len(parts) > 1, "it began while the engine was held"
     assert all(part.usage is None for part in parts)
     assert last.choices == []
     assert last.usage is not None

@@ -148,7 +148,7 @@ def test_a_large_message_keeps_nobody_waiting(engine: Engine, monkeypatch: pytes
             monkeypatch.setattr(messages, "read_ask", held(messages.read_ask))
             large = asyncio.create_task(web.post("/v1/completions", json={**BODY, "user": "u" * 100_000}))
             await until(has_begun.is_set)
-            other = asyncio.create_task(rpc.generate("x", cache_salt="s" * 100_000, max_tokens=1))
+            other = asyncio.create_task(rpc.generate("x", cache_salt="s" * 100_000, max_tokens=1, ignore_eos=True))
             assert (await web.get("/health")).status_code == 200
             assert len(await rpc.models()) == 1
             is_allowed.set()
