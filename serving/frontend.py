@@ -85,6 +85,7 @@ class Frontend:
         self.dead: asyncio.Event = asyncio.Event()
         self.cause_of_death: BaseException | None = None
         self._num_calls = 0
+        self._has_ended = False  # what was taken in is aborted
         self._numbers = itertools.count()
         # One thread: tokenizers are not made for several at once, and two cores have better things to do.
         self._executor = ThreadPoolExecutor(1, "tokenizer")
@@ -128,7 +129,8 @@ class Frontend:
                 await self.admission.wait_until_empty()
         except TimeoutError:
             log.warning("%d requests have not ended in %.0f s and are aborted", self.admission.num_requests, grace)
-            self.engine.cancel_all(RequestError("UNAVAILABLE", "the server has shut down", 1.0))
+            self._has_ended = True
+            self.engine.cancel_all(_shut_down())
             try:
                 async with asyncio.timeout(_ABORT_SECONDS):
                     await self.admission.wait_until_empty()
@@ -174,6 +176,8 @@ class Frontend:
                 else:
                     token_ids = await self.token_ids(ask.prompt, ask.add_special_tokens)
                 ticket.recount(len(token_ids))
+                if self._has_ended:  # while the prompt was made token ids
+                    raise _shut_down()
             except BaseException:
                 ticket.leave()
                 raise
@@ -301,6 +305,10 @@ class Frontend:
         self.admission.close("the engine has failed")
         self._set_health(False)
         self.dead.set()
+
+
+def _shut_down() -> RequestError:
+    return RequestError("UNAVAILABLE", "the server has shut down", 1.0)
 
 
 def _num_bytes(prompt: str | Conversation) -> int:

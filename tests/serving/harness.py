@@ -76,6 +76,11 @@ async def until(condition: Any, seconds: float = 20) -> None:
         await asyncio.sleep(0.002)
 
 
+async def submitted(server: Server, num_requests: int) -> None:
+    """Until the engine's thread, which may be held, has so many requests to read or to run."""
+    await until(lambda: len(server.frontend.engine.streams) == num_requests)
+
+
 async def collect(stream: AsyncIterator[Any]) -> tuple[Generation, list[Any]]:
     """A stream's answer put together, and its messages; their numbers are held to be without a gap."""
     whole, messages = Generation(), []

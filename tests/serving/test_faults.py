@@ -15,11 +15,12 @@ from jaxinfer.llm import LLM
 from jaxinfer.types import SamplingParams
 from serving.calls import Service
 from serving.client import AsyncClient, make_request
+from serving.frontend import Frontend
 from serving.generated import inference_pb2 as pb
 from serving.generated import inference_pb2_grpc
 from serving.settings import Limits
 from tests.e2e.harness import num_pages_held
-from tests.serving.harness import GREEDY, Brake, address, collect, connected, refused, run, serving, until
+from tests.serving.harness import GREEDY, Brake, address, collect, connected, refused, run, serving, submitted, until
 
 PROMPT = "one small prompt"
 
@@ -42,9 +43,10 @@ def test_a_client_that_leaves_frees_everything_in_two_steps(
         async with connected(engine) as (server, client), AsyncClient(address(server)) as leaver:
             keeper = asyncio.create_task(client.generate(PROMPT, max_tokens=40, **GREEDY))
             await until(lambda: server.frontend.admission.num_requests == 1)
-            timeout = 0.5 if how == "deadline" else None
+            timeout = 2 if how == "deadline" else None
             request = make_request("the victim", n=3, max_tokens=60, ignore_eos=True)
             call = leaver._inference.GenerateStream(request, timeout=timeout)
+            await submitted(server, 2)
             brake.let(6)
             assert (await call.read()).sequences
             await brake.held_after(6)
@@ -73,11 +75,12 @@ def test_leaving_many_ends_all_its_items(engine: Engine, monkeypatch: pytest.Mon
             call = client._inference.GenerateMany()
             for _ in range(5):
                 await call.write(pb.GenerateManyRequest(request=make_request(PROMPT, max_tokens=60, ignore_eos=True)))
-            await until(lambda: server.frontend.admission.num_requests == 3)
+            await submitted(server, 3)
             brake.let(3)
             await brake.held_after(3)
             assert server.frontend.admission.num_requests == 3, "the others wait at the client"
             call.cancel()
+            await until(lambda: server.frontend.engine._commands.qsize() == 3)
             brake.let(3)
             await until(lambda: server.frontend.admission.num_requests == 0)
             brake.release()
@@ -314,12 +317,35 @@ def test_drain_ends_after_its_grace(engine: Engine, monkeypatch: pytest.MonkeyPa
         brake = Brake(engine, monkeypatch)
         async with connected(engine, grace=0.1) as (server, client):
             stream = asyncio.create_task(collect(client.stream(PROMPT, max_tokens=70, ignore_eos=True)))
-            await until(lambda: server.frontend.admission.num_requests == 1)
+            await submitted(server, 1)
             draining = asyncio.create_task(server.drain())
             brake.let(4)
             await asyncio.sleep(0.2)
             brake.release()
             await refused(stream, "UNAVAILABLE", "shut down")
+            assert not await draining
+
+    run(scenario())
+
+
+def test_a_prompt_still_being_made_token_ids_does_not_outlast_the_grace(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        read, token_ids = asyncio.Event(), Frontend.token_ids
+
+        async def held(self: Frontend, *prompt: Any) -> tuple[int, ...]:
+            await read.wait()
+            return await token_ids(self, *prompt)
+
+        monkeypatch.setattr(Frontend, "token_ids", held)
+        async with connected(engine, grace=0.1) as (server, client):
+            call = asyncio.create_task(client.generate(PROMPT, max_tokens=70, ignore_eos=True))
+            await until(lambda: server.frontend.admission.num_requests == 1)
+            draining = asyncio.create_task(server.drain())
+            await until(lambda: server.frontend._has_ended)
+            read.set()
+            await refused(call, "UNAVAILABLE", "shut down")
             assert not await draining
 
     run(scenario())

@@ -14,7 +14,7 @@ from jaxinfer.engine import Engine
 from serving.client import AsyncClient
 from serving.generated import inference_pb2 as pb
 from serving.settings import Limits
-from tests.serving.harness import GREEDY, Brake, address, collect, connected, refused, run, serving, until
+from tests.serving.harness import GREEDY, Brake, address, collect, connected, refused, run, serving, submitted, until
 
 PROMPT = "one small prompt"
 
@@ -102,7 +102,7 @@ def test_overload_in_requests(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
                 seconds.append(time.monotonic() - started)
                 (pushback,) = [value for key, value in error.trailing_metadata() if key == "grpc-retry-pushback-ms"]
                 assert 100 <= int(pushback) <= 30_000
-            assert statistics.median(seconds) < 0.05  # not each: the machine may be busy with something else
+            assert statistics.median(seconds) < 0.5  # not each: the machine may be busy with something else
             brake.release()
             assert len({answer.text for answer in await asyncio.gather(*inside)}) == 1
             await client.generate(PROMPT, max_tokens=1)
@@ -204,25 +204,27 @@ def test_queue_time_limit(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> No
         brake = Brake(engine, monkeypatch)
         async with connected(engine) as (server, client):
             running = [
-                asyncio.create_task(client.generate(PROMPT, max_tokens=30, queue_time_limit_ms=300, **GREEDY))
+                asyncio.create_task(client.generate(PROMPT, max_tokens=30, queue_time_limit_ms=1000, **GREEDY))
                 for _ in range(4)
             ]
-            await until(lambda: server.frontend.admission.num_requests == 4)
+            await submitted(server, 4)
             brake.let(8)
-            await until(lambda: server.frontend.admission.num_waiting_tokens == 0)
-            unary = asyncio.create_task(client.generate(PROMPT, queue_time_limit_ms=50))
+            await brake.held_after(8)
+            unary = asyncio.create_task(client.generate(PROMPT, queue_time_limit_ms=1000))
             messages: list[pb.GenerateResponse] = []
 
             async def read() -> None:
-                async for message in client.stream(PROMPT, n=2, queue_time_limit_ms=50):
+                async for message in client.stream(PROMPT, n=2, queue_time_limit_ms=1000):
                     messages.append(message)
 
             stream = asyncio.create_task(read())
-            await until(lambda: server.frontend.admission.num_requests == 6)
-            await asyncio.sleep(0.4)
+            await submitted(server, 6)
+            brake.let(1)
+            await brake.held_after(9)  # the engine has them, and no place for them
+            await asyncio.sleep(1.1)
             brake.let(2)
-            await refused(unary, "DEADLINE_EXCEEDED", "queue_time_limit_ms=50")
-            await refused(stream, "DEADLINE_EXCEEDED", "queue_time_limit_ms=50")
+            await refused(unary, "DEADLINE_EXCEEDED", "queue_time_limit_ms=1000")
+            await refused(stream, "DEADLINE_EXCEEDED", "queue_time_limit_ms=1000")
             (last,) = messages
             assert [sequence.finish.reason for sequence in last.sequences] == [pb.FINISH_REASON_TIME_LIMIT] * 2
             assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (len(PROMPT), 0)
